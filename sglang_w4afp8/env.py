@@ -1,0 +1,86 @@
+"""Every environment variable this package reads, in one table.
+
+Nothing else in the package calls ``os.environ``; the table in ``docs/configuration.md`` is
+generated from :data:`VARIABLES`. Values are read when asked for, not at import, so a test or a
+launcher may set them late.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sglang_w4afp8.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One ``SGLANG_W4AFP8_*`` variable.
+
+    Attributes:
+        name: the full name.
+        default: what an unset or empty variable means.
+        choices: the accepted values; empty when free text is.
+        effect: one sentence for the docs.
+    """
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    effect: str
+
+    def get(self) -> str:
+        """The value, or the default.
+
+        Raises:
+            ConfigError: the value is not among :attr:`choices`.
+        """
+        value = os.environ.get(self.name, "") or self.default
+        if self.choices and value not in self.choices:
+            raise ConfigError(
+                f"{self.name}={value!r}",
+                f"the accepted values are {', '.join(self.choices)}",
+                [f"export {self.name}={self.choices[0]}", f"unset {self.name}"],
+            )
+        return value
+
+    def is_on(self) -> bool:
+        """Whether a 0/1 variable is 1."""
+        return self.get() == "1"
+
+
+_SWITCH = ("0", "1")
+
+ENABLE = Variable(
+    "SGLANG_W4AFP8_ENABLE", "1", _SWITCH, "0 leaves SGLang's own w4afp8 method in place."
+)
+STRICT = Variable(
+    "SGLANG_W4AFP8_STRICT",
+    "0",
+    _SWITCH,
+    "1 ends the process when the plugin cannot register; otherwise SGLang would log the error and "
+    "serve with its own method.",
+)
+MOE_BACKEND = Variable(
+    "SGLANG_W4AFP8_MOE_BACKEND",
+    "auto",
+    (),
+    "Name of the expert kernel; a named one that cannot run the layer is an error, never a "
+    "fallback. `auto` takes the fastest that can.",
+)
+ACTIVATION = Variable(
+    "SGLANG_W4AFP8_ACTIVATION",
+    "checkpoint",
+    ("checkpoint", "static", "dynamic", "dynamic_per_tensor", "dynamic_per_token", "none"),
+    "Overrides how expert inputs are quantised. `dynamic` (per token) also lets a checkpoint load "
+    "whose input scales are missing. `none` keeps activations in the model dtype (accuracy "
+    "reference, `torch` backend only).",
+)
+CACHE_DIR = Variable(
+    "SGLANG_W4AFP8_CACHE_DIR",
+    "",
+    (),
+    "Where compiled kernels and tuning tables are kept; default `~/.cache/sglang-w4afp8`.",
+)
+
+VARIABLES = (ENABLE, STRICT, MOE_BACKEND, ACTIVATION, CACHE_DIR)

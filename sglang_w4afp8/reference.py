@@ -1,0 +1,184 @@
+"""Dequantisation, activation quantisation and one MoE layer in plain torch: the oracle.
+
+Everything else is measured against this file. :func:`moe_reference` computes in the dtype it is
+told, float64 for tests; the ``torch`` backend is the same function in float32. The arithmetic, for
+token t and expert e with group scales s and activation scale a::
+
+    q1 = e4m3(clamp(x_t / a1, ±448))                         FP8 input of gate and up
+    h  = a1 · Σ_k q1[k] · code13[n, k] · s13[n, k // g]      gate rows n < N, up rows n ≥ N
+    u  = silu(h_gate) · h_up
+    q2 = e4m3(clamp(u / a2, ±448))                           FP8 input of down
+    y  = a2 · Σ_n q2[n] · code2[k, n] · s2[k, n // g2]
+    out_t = routed_scaling_factor · Σ_e weight[t, e] · y_e
+
+Scales are applied exactly, sums are not rounded in between; a kernel may differ from this by its
+accumulation order and by where it rounds to BF16, which is what tolerances allow for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sglang_w4afp8.kernels.base import MoEWeights
+from sglang_w4afp8.packing import unpack_int4
+from sglang_w4afp8.spec import ActivationScheme
+
+FP8_MAX = 448.0
+"""Largest finite E4M3 value."""
+
+
+def dequantize_int4(
+    packed: torch.Tensor, scales: torch.Tensor, group_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Codes times their group's scale.
+
+    Args:
+        packed: ``(..., rows, K/2)`` int8, see :mod:`sglang_w4afp8.packing`.
+        scales: ``(..., rows, K/group_size)`` floating point.
+        group_size: codes per scale along K.
+        dtype: of the product; the scale is converted to it first.
+
+    Returns:
+        ``(..., rows, K)`` in ``dtype``.
+    """
+    codes = unpack_int4(packed, dtype)
+    grouped = codes.unflatten(-1, (-1, group_size)) * scales.to(dtype).unsqueeze(-1)
+    return grouped.flatten(-2)
+
+
+def dequantize_fp8_block(
+    weight: torch.Tensor, scale_inv: torch.Tensor, block: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Block-FP8 weight times its block scales.
+
+    Args:
+        weight: ``(N, K)`` float8_e4m3fn.
+        scale_inv: ``(ceil(N/n), ceil(K/k))`` float32; multiplied, despite its name.
+        block: ``(n, k)``.
+        dtype: of the product.
+
+    Returns:
+        ``(N, K)`` in ``dtype``.
+    """
+    rows, columns = weight.shape
+    per_row = scale_inv.to(dtype).repeat_interleave(block[0], dim=0)[:rows]
+    return weight.to(dtype) * per_row.repeat_interleave(block[1], dim=1)[:, :columns]
+
+
+def activation_scale(
+    x: torch.Tensor, scheme: ActivationScheme, static_scale: torch.Tensor | None
+) -> torch.Tensor:
+    """The divisor that brings ``x`` into E4M3's range.
+
+    Args:
+        x: ``(T, K)``.
+        scheme: anything but ``none``.
+        static_scale: one element, for the static scheme.
+
+    Returns:
+        ``(1, 1)`` or ``(T, 1)`` float32. An all-zero row or batch has scale 1.
+    """
+    if scheme is ActivationScheme.STATIC:
+        assert static_scale is not None
+        return static_scale.to(torch.float32).reshape(1, 1)
+    magnitude = x.detach().abs().to(torch.float32)
+    if scheme is ActivationScheme.DYNAMIC_PER_TENSOR:
+        amax = magnitude.amax().reshape(1, 1) if x.numel() else magnitude.new_zeros(1, 1)
+    else:
+        amax = magnitude.amax(dim=-1, keepdim=True)
+    return torch.where(amax > 0, amax / FP8_MAX, torch.ones_like(amax))
+
+
+def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded to E4M3 at ``scale`` and multiplied back.
+
+    Args:
+        x: ``(T, K)``.
+        scale: broadcastable to ``x``, float32.
+
+    Returns:
+        ``(T, K)`` in ``x``'s dtype.
+    """
+    # The division is float32 even for a float64 x: kernels divide in float32, and a value on a
+    # rounding boundary must fall the same way here.
+    scaled = (x.to(torch.float32) / scale).clamp(-FP8_MAX, FP8_MAX)
+    codes = scaled.to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * scale.to(x.dtype)
+
+
+def moe_reference(
+    x: torch.Tensor,
+    weights: MoEWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    scheme: ActivationScheme,
+    routed_scaling_factor: float = 1.0,
+    apply_router_weight_on_input: bool = False,
+    compute_dtype: torch.dtype = torch.float64,
+    visit_all_experts: bool = False,
+) -> torch.Tensor:
+    """One MoE layer over the experts that this rank holds.
+
+    Args:
+        x: ``(T, K)`` hidden states.
+        weights: in checkpoint order, see :class:`~sglang_w4afp8.kernels.base.MoEWeights`.
+        topk_weights: ``(T, top_k)`` float32.
+        topk_ids: ``(T, top_k)`` integer local expert ids; any id outside 0 … E − 1 is skipped.
+        scheme: how expert inputs are quantised.
+        routed_scaling_factor: multiplies the result.
+        apply_router_weight_on_input: weigh the input instead of the output (top_k = 1 models).
+        compute_dtype: of every product and sum.
+        visit_all_experts: multiply every token by every expert and mask, instead of gathering the
+            tokens of each. Far slower, but no tensor's shape depends on the routing and nothing
+            waits for the host, so that a CUDA graph can hold it.
+
+    Returns:
+        ``(T, K)`` in ``compute_dtype``.
+    """
+    out = torch.zeros(x.shape[0], weights.hidden_size, dtype=compute_dtype, device=x.device)
+    if x.shape[0] == 0:
+        return out
+    x = x.to(compute_dtype)
+    route = topk_weights.to(compute_dtype)
+    # The scale of a dynamic per-tensor call is that of the tokens as they come, before any expert
+    # sees them; per-token scales do not depend on the expert either.
+    if scheme is not ActivationScheme.NONE and not apply_router_weight_on_input:
+        x = fake_quantize_fp8(x, activation_scale(x, scheme, weights.w13_input_scale))
+
+    for expert in range(weights.num_experts):
+        hits = topk_ids == expert  # (T, top_k)
+        if visit_all_experts:
+            tokens = torch.arange(x.shape[0], device=x.device)
+        else:
+            tokens = hits.any(dim=-1).nonzero().squeeze(-1)
+            if tokens.numel() == 0:
+                continue
+        weight = (route * hits).sum(dim=-1, keepdim=True)[tokens]  # (t, 1)
+        rows = x[tokens]
+        if apply_router_weight_on_input:
+            rows = rows * weight
+            if scheme is not ActivationScheme.NONE:
+                rows = fake_quantize_fp8(
+                    rows, activation_scale(rows, scheme, weights.w13_input_scale)
+                )
+        w13 = dequantize_int4(
+            weights.w13[expert], weights.w13_scale[expert], weights.w13_group_size, compute_dtype
+        )
+        gate, up = (rows @ w13.T).chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        if scheme is not ActivationScheme.NONE:
+            inner = fake_quantize_fp8(
+                inner, activation_scale(inner, scheme, weights.w2_input_scale)
+            )
+        w2 = dequantize_int4(
+            weights.w2[expert], weights.w2_scale[expert], weights.w2_group_size, compute_dtype
+        )
+        contribution = inner @ w2.T
+        if apply_router_weight_on_input:
+            contribution = torch.where(hits.any(dim=-1, keepdim=True)[tokens], contribution, 0)
+        else:
+            contribution = contribution * weight
+        out.index_add_(0, tokens, contribution)
+    return out * routed_scaling_factor

@@ -1,0 +1,1 @@
+"""The SGLang side: the only folder that imports ``sglang``."""
