@@ -1,4 +1,4 @@
-"""W4AFP8 for SGLang: INT4 group-quantised expert weights, FP8 activations, any tensor-parallel size.
+"""W4AFP8 for SGLang: INT4 group-quantised expert weights, FP8 activations, at any TP degree.
 
 Importing this package imports the standard library only. ``register()`` installs the plugin in the
 current process; SGLang calls it by itself through the entry point group ``sglang.srt.plugins``, so
@@ -14,7 +14,7 @@ __all__ = ["__version__", "register"]
 
 
 def register() -> None:
-    """Install the W4AFP8 quantization method into SGLang; see :func:`sglang_w4afp8.plugin.register`."""
+    """Install the quantization method; see :func:`sglang_w4afp8.plugin.register`."""
     from sglang_w4afp8.plugin import register as _register
 
     _register()

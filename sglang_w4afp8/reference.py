@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sglang_w4afp8.kernels.base import MoEWeights
+from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.packing import unpack_int4
 from sglang_w4afp8.spec import ActivationScheme
 
@@ -123,7 +123,7 @@ def moe_reference(
 
     Args:
         x: ``(T, K)`` hidden states.
-        weights: in checkpoint order, see :class:`~sglang_w4afp8.kernels.base.MoEWeights`.
+        weights: in checkpoint order, see :class:`~sglang_w4afp8.layer.MoEWeights`.
         topk_weights: ``(T, top_k)`` float32.
         topk_ids: ``(T, top_k)`` integer local expert ids; any id outside 0 … E − 1 is skipped.
         scheme: how expert inputs are quantised.

@@ -9,9 +9,9 @@ columns by the same division and rounds down, so a rank gets too few of them, or
 
     DeepSeek-R1, tp 32     2048 / 32 = 64 columns a rank, group 128
       codes   | rank 0: 0…63 | rank 1: 64…127 | rank 2: 128…191 | …
-      scales  |        column 0               |        column 1     16 // 32 = 0 columns each
+      scales  |        column 0               |      column 1       16 // 32 = 0 each
 
-    Qwen3-235B, tp 8       1536 / 8 = 192 columns a rank
+    Qwen3-235B, tp 8     1536 / 8 = 192 columns a rank
       codes   | rank 0: 0…191          | rank 1: 192…383       | …
       scales  | col 0   | col 1        | col 1 | col 2         |    12 // 8 = 1 column each
 
@@ -71,7 +71,7 @@ class AxisShard:
             )
         if self.start < 0 or self.start + self.size > self.full_size:
             raise ShardError(
-                f"elements {self.start}…{self.start + self.size - 1} of an axis of {self.full_size}",
+                f"elements {self.start}…{self.stop - 1} of an axis of {self.full_size}",
                 "the shard lies outside the axis",
             )
 
@@ -101,8 +101,10 @@ class AxisShard:
                 f"{full_size} / {tp_size} = {full_size / tp_size:.2f} is not a whole number, and "
                 "ranks must have equal shapes",
                 [f"--tp {divisor}" for divisor in nearest_divisors(full_size, tp_size)]
-                + [f"--tp {tp_size} --ep-size {tp_size}, which keeps experts whole, if this axis "
-                   "is the experts'"],
+                + [
+                    f"--tp {tp_size} --ep-size {tp_size}, which keeps experts whole, if this axis "
+                    "is the experts'"
+                ],
             )
         size = full_size // tp_size
         return cls(full_size, tp_rank * size, size, group)
@@ -114,7 +116,7 @@ class AxisShard:
 
     @property
     def local_group(self) -> int:
-        """Elements per scale in this rank's tensor: ``gcd(size, group)``, and of the start if odd."""
+        """Elements per scale in this rank's tensor: ``gcd(size, group)`` for even parts."""
         return gcd(self.size, self.group, self.start)
 
     @property
@@ -132,7 +134,7 @@ class AxisShard:
         """:attr:`scale_columns` for a finer group that divides :attr:`local_group`."""
         if self.local_group % local_group:
             raise ShardError(
-                f"a local group of {local_group} for a shard of {self.size} starting at {self.start}",
+                f"local group {local_group} for a shard of {self.size} that starts at {self.start}",
                 f"it must divide {self.local_group}",
             )
         return tuple(k // self.group for k in range(self.start, self.stop, local_group))
@@ -196,15 +198,19 @@ class ExpertShard:
             raise ShardError(
                 f"{what}: hidden size {hidden_size}, group size {group_size}",
                 f"{hidden_size} / {group_size} is not a whole number of scale groups along K",
-                ["requantise: sglang-w4afp8 convert SRC DST --group-size "
-                 f"{gcd(hidden_size, group_size)}"],
+                [
+                    "requantise: sglang-w4afp8 convert SRC DST --group-size "
+                    f"{gcd(hidden_size, group_size)}"
+                ],
             )
         if intermediate_size % group_size:
             raise ShardError(
                 f"{what}: expert intermediate size {intermediate_size}, group size {group_size}",
                 "the down projection has no whole number of scale groups along K",
-                ["requantise: sglang-w4afp8 convert SRC DST --group-size "
-                 f"{gcd(intermediate_size, group_size)}"],
+                [
+                    "requantise: sglang-w4afp8 convert SRC DST --group-size "
+                    f"{gcd(intermediate_size, group_size)}"
+                ],
             )
         columns = AxisShard.even(
             intermediate_size, group_size, tp_rank, tp_size, f"{what}: expert intermediate size"
@@ -213,8 +219,10 @@ class ExpertShard:
             raise ShardError(
                 f"{what}: {intermediate_size} / tp {tp_size} = {columns.size} columns a rank",
                 "two INT4 codes share a byte, so a cut must fall on an even column",
-                [f"--tp {tp_size // 2}" if tp_size % 2 == 0 else "--tp 1",
-                 f"--tp {tp_size} --ep-size {tp_size}"],
+                [
+                    f"--tp {tp_size // 2}" if tp_size % 2 == 0 else "--tp 1",
+                    f"--tp {tp_size} --ep-size {tp_size}",
+                ],
             )
         return cls(hidden_size, group_size, columns)
 
@@ -240,7 +248,7 @@ class ExpertShard:
 
 
 def nearest_divisors(number: int, wanted: int, count: int = 2) -> list[int]:
-    """The ``count`` divisors of ``number`` nearest to ``wanted``, largest first, never ``wanted``."""
+    """The ``count`` divisors of ``number`` nearest to ``wanted``, largest first."""
     divisors = [d for d in range(1, min(number, 4 * wanted) + 1) if number % d == 0 and d != wanted]
     return sorted(sorted(divisors, key=lambda d: (abs(d - wanted), d))[:count], reverse=True)
 

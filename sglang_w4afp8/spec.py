@@ -88,8 +88,10 @@ class ActivationScheme(StrEnum):
             raise ConfigError(
                 f"{key} = {value!r}",
                 f"the known activation schemes are {names}",
-                [f'set "{key}": "static" in config.json if the checkpoint has input_scale tensors',
-                 f'set "{key}": "dynamic" if it has none'],
+                [
+                    f'set "{key}": "static" in config.json if the checkpoint has input_scale tensors',
+                    f'set "{key}": "dynamic" if it has none',
+                ],
             ) from None
 
 
@@ -138,8 +140,10 @@ class QuantSpec:
             raise ConfigError(
                 f"{origin}: quantization_config bits = {bits!r}",
                 "W4AFP8 expert weights are 4-bit",
-                ["remove the key if the experts are INT4",
-                 "serve with the quantization method that the checkpoint was made for"],
+                [
+                    "remove the key if the experts are INT4",
+                    "serve with the quantization method that the checkpoint was made for",
+                ],
             )
         return cls(
             group_size=_read_group_size(config, origin),
@@ -150,7 +154,7 @@ class QuantSpec:
         )
 
     def with_activation_override(self, override: str) -> QuantSpec:
-        """This spec with the scheme of ``SGLANG_W4AFP8_ACTIVATION`` (``checkpoint`` changes nothing)."""
+        """This spec under ``SGLANG_W4AFP8_ACTIVATION``; ``checkpoint`` changes nothing."""
         if override == "checkpoint":
             return self
         scheme = ActivationScheme.parse(override, "SGLANG_W4AFP8_ACTIVATION")
@@ -168,8 +172,10 @@ def _read_group_size(config: Mapping[str, Any], origin: str) -> int:
             f"{origin}: quantization_config group_size = {group_size!r}",
             f"the kernels know INT4 scale groups of {', '.join(map(str, GROUP_SIZES))} along K",
             [
-                "per-channel or larger groups: sglang-w4afp8 resize-blocks SRC DST --group-size 128 "
-                "repeats the scales without changing a value",
+                (
+                    "per-channel or larger groups: sglang-w4afp8 resize-blocks SRC DST "
+                    "--group-size 128 repeats the scales without changing a value"
+                ),
                 "any other size: requantise with sglang-w4afp8 convert SRC DST --group-size 128",
             ],
         )
@@ -190,8 +196,10 @@ def _read_block_size(config: Mapping[str, Any], origin: str) -> tuple[int, int] 
         raise ConfigError(
             f"{origin}: quantization_config weight_block_size = {block!r}",
             "an FP8 block is two positive integers [n, k]",
-            ['set "weight_block_size": [128, 128], what DeepSeek-style FP8 checkpoints have',
-             'set "weight_block_size": null if the linears are not FP8'],
+            [
+                'set "weight_block_size": [128, 128], what DeepSeek-style FP8 checkpoints have',
+                'set "weight_block_size": null if the linears are not FP8',
+            ],
         )
     return int(block[0]), int(block[1])
 
@@ -220,8 +228,10 @@ def _read_moe_activation(config: Mapping[str, Any], origin: str) -> ActivationSc
                 f"{origin}: activation_scheme = 'static' and {key} = {config[key]!r}",
                 "block-FP8 linears have no static scales, so `static` can only mean the experts, "
                 "and there it contradicts the other key",
-                [f"remove activation_scheme to keep {config[key]!r}",
-                 f"remove {key} to use the checkpoint's input scales"],
+                [
+                    f"remove activation_scheme to keep {config[key]!r}",
+                    f"remove {key} to use the checkpoint's input scales",
+                ],
             )
         return scheme
     # A lone activation_scheme=dynamic is what every block-FP8 config carries for its linears; it

@@ -1,1 +1,1 @@
-"""Kernels behind one interface: ``base`` (the contract), ``registry`` (who may run what), backends."""
+"""Kernels behind one interface: ``base`` is the contract, ``registry`` chooses, others run."""
