@@ -1,0 +1,56 @@
+"""What this package asks of the running SGLang process, with answers that survive its absence.
+
+Layers are also built outside a server (tests, ``bench_one_batch``, notebooks), where SGLang's
+server arguments are not set; every question here has an answer for that case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Formats whose tensors do not pass through a parameter's weight_loader: they fill the parameters
+# in one piece, before or after process_weights_after_loading.
+_FORMATS_WITHOUT_LOADER = frozenset(
+    ("dummy", "sharded_state", "remote", "remote_instance", "rdma", "private")
+)
+
+
+def server_args() -> Any | None:
+    """SGLang's server arguments, or None outside a server."""
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return get_server_args()
+    except ValueError:  # "Global server args is not set yet!"
+        return None
+
+
+def load_format() -> str:
+    """The ``--load-format`` in effect, ``auto`` outside a server."""
+    value = getattr(server_args(), "load_format", None) or "auto"
+    return str(getattr(value, "value", value)).lower()
+
+
+def uses_weight_loaders() -> bool:
+    """Whether checkpoint tensors come through ``param.weight_loader`` one by one."""
+    return load_format() not in _FORMATS_WITHOUT_LOADER
+
+
+def model_scales_routed_output() -> bool:
+    """Whether the model itself multiplies the experts' output by ``routed_scaling_factor``.
+
+    SGLang's DeepSeek and GLM models do so off CUDA and leave it to the method on CUDA; the same
+    flag decides here (``_is_cuda`` in ``models/deepseek_v2.py``).
+    """
+    from sglang.srt.utils import is_cuda
+
+    return not is_cuda()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that logs per-model lines."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    return torch.distributed.get_rank() == 0
