@@ -1,0 +1,330 @@
+"""Constant-memory reading and atomic writing of safetensors files.
+
+A reader fetches one tensor's bytes with ``pread`` (no map, so resident memory is what was asked
+for). A writer knows every name, dtype and shape before the first byte, writes the header, streams
+the tensors in order into a temporary file in the same directory, and only an fsync'ed, complete
+file is renamed to its final name. A process killed at any moment leaves either no file or a whole
+one, plus at most a temporary file that the next run removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_w4afp8.checkpoint.index import DTYPE_NAMES, DTYPES, TensorEntry
+from sglang_w4afp8.errors import CheckpointError
+
+TEMP_SUFFIX = ".w4afp8-tmp"
+_COPY_BYTES = 16 << 20
+
+
+def _view(flat: torch.Tensor) -> memoryview:
+    # numpy arrays are buffers, but NumPy's stubs say so only from Python 3.12 on.
+    array: Any = flat.numpy()
+    return memoryview(array)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor without a copy."""
+    flat = tensor.contiguous().flatten()
+    return _view(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
+
+
+class TensorReader:
+    """Reads tensors of one checkpoint directory; keeps a few files open.
+
+    Args:
+        root: checkpoint directory.
+        max_open: file descriptors kept.
+    """
+
+    def __init__(self, root: Path, max_open: int = 8) -> None:
+        self._root = root
+        self._max_open = max_open
+        self._files: dict[str, int] = {}
+
+    def _descriptor(self, shard: str) -> int:
+        descriptor = self._files.pop(shard, None)
+        if descriptor is None:
+            if len(self._files) >= self._max_open:
+                os.close(self._files.pop(next(iter(self._files))))
+            descriptor = os.open(self._root / shard, os.O_RDONLY)
+        self._files[shard] = descriptor  # most recently used last
+        return descriptor
+
+    def read_into(self, entry: TensorEntry, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from the tensor's bytes starting at ``offset``.
+
+        Raises:
+            CheckpointError: the file ends early (it was cut after its header had been checked).
+        """
+        descriptor = self._descriptor(entry.shard)
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], entry.start + offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._root / entry.shard} ends inside {entry.name}",
+                    "the file became shorter while it was being read",
+                    ["check the disk and the download, then run the same command again"],
+                )
+            done += count
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype and shape."""
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        if entry.nbytes:
+            self.read_into(entry, 0, _view(buffer))
+        return buffer.view(entry.torch_dtype).view(entry.shape)
+
+    def chunks(self, entry: TensorEntry, size: int = _COPY_BYTES) -> Iterable[memoryview]:
+        """The tensor's raw bytes in pieces; each piece is valid until the next one."""
+        buffer = memoryview(bytearray(min(size, entry.nbytes)))
+        offset = 0
+        while offset < entry.nbytes:
+            part = buffer[: min(size, entry.nbytes - offset)]
+            self.read_into(entry, offset, part)
+            yield part
+            offset += len(part)
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor that a shard will hold: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        count = DTYPES[self.dtype].itemsize
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+def file_order(tensors: Iterable[OutTensor]) -> list[OutTensor]:
+    """The order in which a file stores tensors: as given, with the awkward sizes last.
+
+    A reader views the data at its dtype, so offsets must stay aligned; tensors whose length is not
+    a multiple of 8 bytes go to the end, widest dtype first.
+    """
+    items = list(tensors)
+    even = [item for item in items if item.nbytes % 8 == 0]
+    odd = [item for item in items if item.nbytes % 8]
+    odd.sort(key=lambda item: (-DTYPES[item.dtype].itemsize, item.name))
+    return even + odd
+
+
+def build_header(tensors: list[OutTensor], metadata: Mapping[str, str]) -> bytes:
+    """Length prefix and JSON header of a file with these tensors, padded to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for item in tensors:
+        header[item.name] = {
+            "dtype": item.dtype,
+            "shape": list(item.shape),
+            "data_offsets": [offset, offset + item.nbytes],
+        }
+        offset += item.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+class ShardWriter:
+    """Streams one safetensors file; ``commit`` makes it visible, anything else removes it.
+
+    Tensors must be written in the order of :func:`file_order`. Use as a context manager.
+
+    Args:
+        path: final file.
+        tensors: what it will hold, already in file order.
+        metadata: the header's ``__metadata__``.
+    """
+
+    def __init__(
+        self, path: Path, tensors: list[OutTensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self._temp = path.with_name(f"{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+        self._pending = list(reversed(tensors))
+        self._missing = 0
+        self._digest = hashlib.sha256()
+        self.size_bytes = 0
+        header = build_header(tensors, metadata or {"format": "pt"})
+        total = len(header) + sum(item.nbytes for item in tensors)
+        try:
+            self._file = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        except OSError as error:
+            raise write_error(self._temp, error) from error
+        try:
+            reserve(self._file, total)
+            self._write(header)
+        except BaseException as error:
+            self.abort()
+            if isinstance(error, OSError):
+                raise write_error(path, error) from error
+            raise
+
+    def _write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while len(view):
+            count = os.write(self._file, view)
+            self._digest.update(view[:count])
+            self.size_bytes += count
+            view = view[count:]
+
+    def _next(self, name: str) -> OutTensor:
+        assert not self._missing, "the previous tensor is incomplete"
+        item = self._pending.pop()
+        assert item.name == name, f"{name} written, {item.name} expected"
+        return item
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor; ``name``, dtype and shape must be the announced ones."""
+        item = self._next(name)
+        found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        assert found == (item.dtype, item.shape), f"{name}: {found} written, {item} announced"
+        try:
+            self._write(tensor_bytes(tensor.cpu()))
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def write_raw(self, name: str, chunks: Iterable[memoryview]) -> None:
+        """Write the next tensor from raw pieces (a bit-identical copy)."""
+        item = self._next(name)
+        before = self.size_bytes
+        try:
+            for chunk in chunks:
+                self._write(chunk)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        assert self.size_bytes - before == item.nbytes, f"{name}: wrong number of bytes"
+
+    def commit(self) -> str:
+        """Flush to disk and give the file its name.
+
+        Returns:
+            sha256 of the file, hexadecimal.
+        """
+        assert not self._pending, f"{len(self._pending)} tensors were never written"
+        try:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+            os.replace(self._temp, self.path)
+            sync_directory(self.path.parent)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        return self._digest.hexdigest()
+
+    def abort(self) -> None:
+        """Drop the temporary file; harmless after ``commit``."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._temp.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Claim disk space now, so that a full disk shows before hours of work.
+
+    File systems without the call are left alone: writing will tell.
+    """
+    if size <= 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that it is either absent, old or complete.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    temp = path.with_name(f"{path.name}.{os.getpid()}{TEMP_SUFFIX}")
+    try:
+        with temp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """Turn an operating-system error while writing into one that says what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CheckpointError(
+            f"writing {path}: {error.strerror}",
+            "the disk or a quota is full; finished shards are kept",
+            [
+                "free space and run the same command again: it goes on where it stopped",
+                "sglang-w4afp8 convert SRC DST --dry-run  shows the size of the result",
+            ],
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CheckpointError(
+            f"writing {path}: {error.strerror}",
+            "the target is read-only for this user",
+            ["choose another DST", f"chmod u+w {path.parent}"],
+        )
+    return CheckpointError(
+        f"writing {path}: {error.strerror or error}",
+        "the operating system refused the write; finished shards are kept",
+        ["solve the cause and run the same command again: it goes on where it stopped"],
+    )
+
+
+def remove_stale_temps(directory: Path) -> int:
+    """Delete temporary files of killed runs; returns how many there were."""
+    stale = list(directory.glob(f"*{TEMP_SUFFIX}"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)

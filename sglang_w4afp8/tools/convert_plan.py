@@ -1,0 +1,375 @@
+"""The plan of a conversion: which shard of the result holds what, made from headers alone.
+
+Every output shard has the name of the source shard whose weights it holds. A tensor is converted
+(routed expert, not kept) or copied bit for bit; an expert's scales may come from any shard. All
+shapes, dtypes and divisibilities are checked here, before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sglang_w4afp8 import __version__
+from sglang_w4afp8.checkpoint.formats import ExpertFormat, ExpertParts, detect
+from sglang_w4afp8.checkpoint.index import CheckpointIndex, TensorEntry
+from sglang_w4afp8.checkpoint.names import (
+    GEMM_OF,
+    ExpertName,
+    input_scale_name,
+    is_fused_expert,
+    parse_expert,
+    text_config,
+    uses_w_scale_names,
+)
+from sglang_w4afp8.checkpoint.stream import OutTensor, file_order
+from sglang_w4afp8.errors import CheckpointError, ConfigError
+
+# The part that decides in which shard the result of an expert projection is stored.
+MAIN_PARTS = ("weight", "weight_packed", "qweight")
+_INT4_LINEAR = re.compile(r"\.(qweight|weight_packed)$")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What decides the bytes of the result (and nothing that does not).
+
+    Attributes:
+        method: ``rtn``, ``mse`` or ``gptq``.
+        group_size: codes per scale; None takes the source's own (INT4 sources) or 128.
+        activation: ``static`` or ``dynamic``.
+        full_range: allow negative scales and the code −8 (``mse``).
+        keep: regular expressions; a MoE layer whose ``…experts`` path matches stays as it is.
+        device_type: ``cpu`` or ``cuda``; their float arithmetic may differ in the last bit.
+    """
+
+    method: str = "mse"
+    group_size: int | None = None
+    activation: str = "dynamic"
+    full_range: bool = False
+    keep: tuple[str, ...] = ()
+    device_type: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """One expert projection to convert.
+
+    Attributes:
+        name: its parsed main tensor name.
+        parts: the source tensors.
+        format_name: source format.
+        shape: ``(N, K)``.
+        group_size: of the result.
+        input_scale: static activation scale to store, or None.
+        input_scale_name: under which name.
+    """
+
+    name: ExpertName
+    parts: ExpertParts
+    format_name: str
+    shape: tuple[int, int]
+    group_size: int
+    input_scale: float | None = None
+    input_scale_name: str = ""
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read for it."""
+        return sum(entry.nbytes for entry in self.parts.parts.values())
+
+    def outputs(self) -> list[OutTensor]:
+        """The tensors it becomes, in file order."""
+        rows, columns = self.shape
+        prefix = self.name.prefix
+        made = [
+            OutTensor(f"{prefix}.weight", "I8", (rows, columns // 2)),
+            OutTensor(f"{prefix}.weight_scale_inv", "BF16", (rows, columns // self.group_size)),
+        ]
+        if self.input_scale is not None:
+            made.append(OutTensor(self.input_scale_name, "BF16", (1,)))
+        return made
+
+
+@dataclass
+class ShardJob:
+    """One output file.
+
+    Attributes:
+        shard: file name.
+        outputs: its tensors in file order.
+        copies: output name → source entry.
+        experts: projection prefix → task.
+        owner: output name → projection prefix, for converted tensors.
+    """
+
+    shard: str
+    outputs: list[OutTensor] = field(default_factory=list)
+    copies: dict[str, TensorEntry] = field(default_factory=dict)
+    experts: dict[str, ExpertTask] = field(default_factory=dict)
+    owner: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes this job reads."""
+        copied = sum(entry.nbytes for entry in self.copies.values())
+        return copied + sum(task.source_bytes for task in self.experts.values())
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the tensors this job writes."""
+        return sum(item.nbytes for item in self.outputs)
+
+
+@dataclass
+class ConvertPlan:
+    """Everything decided before the first byte.
+
+    Attributes:
+        options: see :class:`ConvertOptions`.
+        jobs: one per output shard.
+        formats: source format → number of expert projections.
+        layers: MoE layers that are converted.
+        kept: ``…experts`` modules left as they are.
+        group_size: of the result.
+        weight_block_size: FP8 block of the copied linears, or None when they are not FP8.
+        unquantised_linears: modules that are not FP8 although ``weight_block_size`` is set.
+        fingerprint: hash of the source layout, the options and the static scales.
+        notes: remarks for the report.
+    """
+
+    options: ConvertOptions
+    jobs: list[ShardJob]
+    formats: dict[str, int]
+    layers: list[int]
+    kept: list[str]
+    group_size: int
+    weight_block_size: tuple[int, int] | None
+    unquantised_linears: list[str]
+    fingerprint: str
+    notes: list[str]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read by all jobs."""
+        return sum(job.source_bytes for job in self.jobs)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(job.output_bytes for job in self.jobs)
+
+
+def quant_section(config: dict[str, Any]) -> dict[str, Any]:
+    """The source's quantization config, wherever its config.json keeps it."""
+    for place in (config, text_config(config)):
+        for key in ("quantization_config", "compression_config"):
+            section = place.get(key)
+            if isinstance(section, dict):
+                return section
+    return {}
+
+
+def collect_experts(index: CheckpointIndex) -> dict[str, tuple[ExpertName, dict[str, TensorEntry]]]:
+    """Group the expert tensors by projection.
+
+    Raises:
+        CheckpointError: the checkpoint stores all experts of a layer in one tensor.
+    """
+    # TensorRT-style w1.input_scale belongs to gate_proj: hence the canonical projection as key.
+    grouped: dict[tuple[str, int, str], list[tuple[ExpertName, TensorEntry]]] = {}
+    for entry in index:
+        name = parse_expert(entry.name)
+        if name is not None:
+            key = (name.module, name.expert, name.projection)
+            grouped.setdefault(key, []).append((name, entry))
+        elif is_fused_expert(entry.name) and len(entry.shape) == 3:
+            raise CheckpointError(
+                f"{entry.name} {list(entry.shape)}",
+                "all experts of the layer are in one tensor; convert reads checkpoints with one "
+                "tensor per expert and projection",
+                ["save the model with per-expert tensors first"],
+            )
+    found: dict[str, tuple[ExpertName, dict[str, TensorEntry]]] = {}
+    for (module, expert, projection), items in grouped.items():
+        main = [name for name, _ in items if name.part in MAIN_PARTS]
+        if not main:
+            raise CheckpointError(
+                f"{module}.{expert} has no {projection} weight, only {items[0][1].name}",
+                "scales without their weight cannot be converted",
+                ["download the shard that the index names for it", "rebuild the index"],
+            )
+        found[main[0].prefix] = (main[0], {name.part: entry for name, entry in items})
+    return found
+
+
+def _kept_modules(modules: Iterable[str], patterns: tuple[str, ...]) -> set[str]:
+    try:
+        compiled = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ConfigError(
+            f"--keep {patterns}: {error}",
+            "this is no regular expression",
+            [r"--keep '\.layers\.3\.'"],
+        ) from error
+    unique = set(modules)
+    for pattern in compiled:
+        if not any(pattern.search(module) for module in unique):
+            raise ConfigError(
+                f"--keep {pattern.pattern!r} matches no MoE layer",
+                "patterns are searched in the path of a layer's experts, e.g. "
+                f"{min(unique, default='(there is none)')}",
+                [r"--keep '\.layers\.3\.'"],
+            )
+    return {m for m in unique if any(pattern.search(m) for pattern in compiled)}
+
+
+def _result_group(source_group: int | None, wanted: int | None, columns: int, prefix: str) -> int:
+    group = wanted or source_group or 128
+    if source_group is not None and source_group % group:
+        raise ConfigError(
+            f"{prefix}: source groups of {source_group}, --group-size {group}",
+            "INT4 codes can be taken over exactly only when the new group divides the old one; "
+            "coarser groups would need requantisation, which costs 2 to 3 dB",
+            [f"--group-size {source_group}", "convert from the BF16 or FP8 checkpoint instead"],
+        )
+    if columns % group:
+        fitting = [g for g in (128, 64, 32) if columns % g == 0]
+        raise ConfigError(
+            f"{prefix}: K = {columns} with --group-size {group}",
+            "the format has one scale per whole group",
+            [f"--group-size {g}" for g in fitting] or ["--keep REGEX  leaves the layer as it is"],
+        )
+    return group
+
+
+def _linears(
+    index: CheckpointIndex, quant: dict[str, Any]
+) -> tuple[tuple[int, int] | None, list[str]]:
+    """FP8 block of the non-expert linears, and which of them are not FP8."""
+    has_fp8 = False
+    plain: list[str] = []
+    for entry in index:
+        if parse_expert(entry.name) is not None:
+            continue
+        if _INT4_LINEAR.search(entry.name):
+            raise CheckpointError(
+                f"{entry.name} {entry.dtype} {list(entry.shape)}",
+                "linears outside the experts are INT4 too, and W4AFP8 has no such layer",
+                ["convert from the BF16 or FP8 checkpoint instead"],
+            )
+        if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+            continue
+        if entry.dtype == "F8_E4M3":
+            has_fp8 = True
+        elif "embed" not in entry.name and "norm" not in entry.name:
+            plain.append(entry.name.removesuffix(".weight"))
+    if not has_fp8:
+        return None, []
+    block = quant.get("weight_block_size") or (128, 128)
+    return (int(block[0]), int(block[1])), sorted(plain)
+
+
+def make_plan(
+    index: CheckpointIndex,
+    options: ConvertOptions,
+    input_scales: dict[tuple[int, str], float] | None = None,
+) -> ConvertPlan:
+    """Decide everything about a conversion.
+
+    Args:
+        index: the source.
+        options: what is wanted.
+        input_scales: ``(layer, gemm)`` → static scale, for ``activation="static"``.
+
+    Raises:
+        CheckpointError: the source has no routed experts, or parts are missing or misshapen.
+        ConfigError: an option does not fit the source.
+    """
+    quant = quant_section(index.config)
+    experts = collect_experts(index)
+    if not experts:
+        raise CheckpointError(
+            f"{index.root} has no routed experts",
+            "W4AFP8 quantises the experts of MoE models; nothing here matches "
+            "…layers.L.….experts.E.(gate|up|down)_proj.*",
+            ["sglang-w4afp8 inspect SRC  lists the tensor classes"],
+        )
+    kept = _kept_modules((name.module for name, _ in experts.values()), options.keep)
+    w_names = uses_w_scale_names(index.config)
+    jobs = {shard: ShardJob(shard) for shard in index.shards}
+    consumed: set[str] = set()
+    formats: Counter[str] = Counter()
+    groups: set[int] = set()
+    layers: set[int] = set()
+    tasks: dict[str, ExpertTask] = {}
+    for prefix, (name, parts) in experts.items():
+        if name.module in kept:
+            continue
+        bundle = ExpertParts(prefix, parts, quant)
+        source: ExpertFormat = detect(bundle)
+        shape = source.shape(bundle)
+        group = _result_group(source.group_size(bundle), options.group_size, shape[1], prefix)
+        scale = None
+        if input_scales is not None and options.activation == "static":
+            scale = input_scales[(name.layer, GEMM_OF[name.projection])]
+        main = next(part for part in MAIN_PARTS if part in parts)
+        tasks[parts[main].name] = ExpertTask(
+            name=name,
+            parts=bundle,
+            format_name=source.name,
+            shape=shape,
+            group_size=group,
+            input_scale=scale,
+            input_scale_name=input_scale_name(
+                name.module, name.expert, name.projection, w_names=w_names
+            ),
+        )
+        consumed.update(entry.name for entry in parts.values())
+        formats[source.name] += 1
+        groups.add(group)
+        layers.add(name.layer)
+    if len(groups) > 1:
+        raise ConfigError(
+            f"experts would have group sizes {sorted(groups)}",
+            "a checkpoint states one group size for all layers",
+            [f"--group-size {min(groups)}"],
+        )
+    for entry in index:
+        job = jobs[entry.shard]
+        task = tasks.get(entry.name)
+        if task is not None:
+            job.experts[task.name.prefix] = task
+            for item in task.outputs():
+                job.outputs.append(item)
+                job.owner[item.name] = task.name.prefix
+        elif entry.name not in consumed:
+            job.copies[entry.name] = entry
+            job.outputs.append(OutTensor(entry.name, entry.dtype, entry.shape))
+            entry.torch_dtype  # noqa: B018  raises here rather than in the middle of the run
+    for job in jobs.values():
+        job.outputs = file_order(job.outputs)
+    block, plain = _linears(index, quant)
+    digest = hashlib.sha256()
+    digest.update(index.fingerprint().encode())
+    digest.update(json.dumps(asdict(options), sort_keys=True).encode())
+    scales = sorted((f"{key[0]}.{key[1]}", value) for key, value in (input_scales or {}).items())
+    digest.update(json.dumps([__version__, scales]).encode())
+    return ConvertPlan(
+        options=options,
+        # A shard can end up empty: scales of FP8 experts may have a file of their own.
+        jobs=[job for job in jobs.values() if job.outputs],
+        formats=dict(formats),
+        layers=sorted(layers),
+        kept=sorted(kept),
+        group_size=groups.pop() if groups else options.group_size or 128,
+        weight_block_size=block,
+        unquantised_linears=plain,
+        fingerprint=digest.hexdigest(),
+        notes=list(index.notes),
+    )
