@@ -213,16 +213,20 @@ def repair_mla_weights(model: torch.nn.Module) -> int:
 
     Returns:
         How many attention layers were rewritten: ``w_kc`` (heads, nope, kv_lora) and ``w_vc``
-        (heads, kv_lora, v), both in the model dtype; 0 if ``kv_b_proj`` is not FP8.
+        (heads, kv_lora, v), both in the model dtype; 0 if the checkpoint's was not FP8.
     """
     repaired = 0
     for attn in model.modules():
         kv_b_proj = getattr(attn, "kv_b_proj", None)
         if getattr(attn, "w_kc", None) is None or kv_b_proj is None:
             continue
-        if kv_b_proj.weight.dtype != torch.float8_e4m3fn:
+        if kv_b_proj.weight.dtype == torch.float8_e4m3fn:
+            weight = cpu_fp8.dequantize_linear(kv_b_proj, kv_b_proj.params_dtype)
+        elif attn.w_kc.dtype == torch.float8_e4m3fn:
+            # The linear's own method has dequantised it since (a shard of no whole blocks).
+            weight = kv_b_proj.weight.data
+        else:
             continue
-        weight = cpu_fp8.dequantize_linear(kv_b_proj, kv_b_proj.params_dtype)
         nope, value = attn.qk_nope_head_dim, attn.v_head_dim
         w_kc, w_vc = weight.unflatten(0, (-1, nope + value)).split([nope, value], dim=1)
         # Strides as SGLang leaves them: the batched matmul reads kv_lora as the fast axis of w_kc.
