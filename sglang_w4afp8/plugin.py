@@ -10,6 +10,8 @@ SGLang calls no plugins are served by :mod:`sglang_w4afp8.run` or call :func:`re
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import sys
 import threading
 from dataclasses import dataclass
 from enum import StrEnum
@@ -63,7 +65,7 @@ def register() -> None:
 
     Raises:
         SystemExit: it cannot, and ``SGLANG_W4AFP8_STRICT`` is 1. Not an ``Exception``, because
-            SGLang catches those.
+            SGLang catches those. The text is in the log.
     """
     global _status
     with _lock:
@@ -84,26 +86,47 @@ def register() -> None:
         if _status.state is State.REFUSED:
             logger.error("%s", _status.detail)
             if _is_strict():
-                raise SystemExit(_status.detail)
+                raise SystemExit(1)
 
 
 def _register() -> Status:
     if not env.ENABLE.is_on():
         detail = f"sglang-w4afp8 {__version__}: {env.ENABLE.name}=0, SGLang's own method stays"
-        logger.info("%s", detail)
+        _announce(logging.INFO, detail)
         return Status(State.DISABLED, detail)
     report = compat.check_for_registration()
     if not report.ok:
         raise report.error()
     import_module(_INSTALLER).install()
     for warning in report.warnings:
-        logger.warning("sglang-w4afp8 %s: %s", __version__, warning)
+        _announce(logging.WARNING, f"sglang-w4afp8 {__version__}: {warning}")
     detail = (
         f"sglang-w4afp8 {__version__}: registered quantization 'w4afp8' "
         f"(sglang {report.version}, hooks ok)"
     )
-    logger.info("%s", detail)
+    _announce(logging.INFO, detail)
     return Status(State.REGISTERED, detail, report.version)
+
+
+def _announce(level: int, text: str) -> None:
+    """Log one line that a user will see, once per node.
+
+    SGLang loads plugins before it sets logging up, so an ordinary INFO record would be dropped.
+    Until then it goes to stderr in SGLang's format. The children of a server (one per rank) stay
+    silent then: what their launcher said holds for them, and a refusal is an ERROR, which each
+    process shows in any case.
+    """
+    if logging.getLogger().handlers:
+        logger.log(level, "%s", text)
+    elif not _is_spawned_child():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.handle(logger.makeRecord(logger.name, level, __file__, 0, text, (), None))
+
+
+def _is_spawned_child() -> bool:
+    # While a child re-imports its main module, it has no parent_process() yet.
+    return multiprocessing.parent_process() is not None or "--multiprocessing-fork" in sys.orig_argv
 
 
 def _refused(error: W4AFp8Error) -> Status:

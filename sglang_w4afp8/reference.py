@@ -142,11 +142,15 @@ def moe_reference(
         return out
     x = x.to(compute_dtype)
     route = topk_weights.to(compute_dtype)
-    # The scale of a dynamic per-tensor call is that of the tokens as they come, before any expert
-    # sees them; per-token scales do not depend on the expert either.
-    if scheme is not ActivationScheme.NONE and not apply_router_weight_on_input:
-        x = fake_quantize_fp8(x, activation_scale(x, scheme, weights.w13_input_scale))
 
+    def quantized(rows: torch.Tensor, static_scale: torch.Tensor | None) -> torch.Tensor:
+        if scheme is ActivationScheme.NONE:
+            return rows
+        return fake_quantize_fp8(rows, activation_scale(rows, scheme, static_scale))
+
+    # One entry per visited expert: the tokens, their router weights, silu(gate) · up.
+    visits: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    quantized_x = x if apply_router_weight_on_input else quantized(x, weights.w13_input_scale)
     for expert in range(weights.num_experts):
         hits = topk_ids == expert  # (T, top_k)
         if visit_all_experts:
@@ -156,29 +160,28 @@ def moe_reference(
             if tokens.numel() == 0:
                 continue
         weight = (route * hits).sum(dim=-1, keepdim=True)[tokens]  # (t, 1)
-        rows = x[tokens]
+        rows = quantized_x[tokens]
         if apply_router_weight_on_input:
-            rows = rows * weight
-            if scheme is not ActivationScheme.NONE:
-                rows = fake_quantize_fp8(
-                    rows, activation_scale(rows, scheme, weights.w13_input_scale)
-                )
+            rows = quantized(rows * weight, weights.w13_input_scale)
+            weight = hits.any(dim=-1, keepdim=True)[tokens].to(compute_dtype)
         w13 = dequantize_int4(
             weights.w13[expert], weights.w13_scale[expert], weights.w13_group_size, compute_dtype
         )
         gate, up = (rows @ w13.T).chunk(2, dim=-1)
         inner = F.silu(gate) * up
-        if scheme is not ActivationScheme.NONE:
-            inner = fake_quantize_fp8(
-                inner, activation_scale(inner, scheme, weights.w2_input_scale)
-            )
+        if visit_all_experts:
+            # Rows of tokens that are not this expert's must not reach a per-tensor amax.
+            inner = inner * hits.any(dim=-1, keepdim=True)
+        visits.append((expert, tokens, weight, inner))
+    if not visits:
+        return out
+
+    # A dynamic per-tensor scale is that of all experts' rows together, as in SGLang's kernels.
+    inner_all = quantized(torch.cat([inner for *_, inner in visits]), weights.w2_input_scale)
+    pieces = inner_all.split([len(tokens) for _, tokens, _, _ in visits])
+    for (expert, tokens, weight, _), inner in zip(visits, pieces, strict=True):
         w2 = dequantize_int4(
             weights.w2[expert], weights.w2_scale[expert], weights.w2_group_size, compute_dtype
         )
-        contribution = inner @ w2.T
-        if apply_router_weight_on_input:
-            contribution = torch.where(hits.any(dim=-1, keepdim=True)[tokens], contribution, 0)
-        else:
-            contribution = contribution * weight
-        out.index_add_(0, tokens, contribution)
+        out.index_add_(0, tokens, (inner @ w2.T) * weight)
     return out * routed_scaling_factor

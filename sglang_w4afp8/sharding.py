@@ -8,7 +8,7 @@ scales do not divide along with them, because a cut may fall inside a group. SGL
 columns by the same division and rounds down, so a rank gets too few of them, or none::
 
     DeepSeek-R1, tp 32     2048 / 32 = 64 columns a rank, group 128
-      codes   | rank 0: 0…63 | rank 1: 64…127 | rank 2: 128…191 | …
+      codes   | rank 0: 0…63 | rank 1: 64…127 | rank 2: 128… | …
       scales  |        column 0               |      column 1       16 // 32 = 0 each
 
     Qwen3-235B, tp 8     1536 / 8 = 192 columns a rank

@@ -74,7 +74,7 @@ class ActivationScheme(StrEnum):
 
     @classmethod
     def parse(cls, value: object, key: str) -> ActivationScheme:
-        """Read a scheme by name; ``dynamic`` means per token.
+        """Read a scheme by name; ``dynamic`` is per token.
 
         Raises:
             ConfigError: ``value`` is no scheme.
@@ -89,7 +89,7 @@ class ActivationScheme(StrEnum):
                 f"{key} = {value!r}",
                 f"the known activation schemes are {names}",
                 [
-                    f'set "{key}": "static" in config.json if the checkpoint has input_scale tensors',
+                    f'set "{key}": "static" in config.json if there are input_scale tensors',
                     f'set "{key}": "dynamic" if it has none',
                 ],
             ) from None

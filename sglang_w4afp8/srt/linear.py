@@ -294,22 +294,38 @@ def _plan(
     block: tuple[int, int],
 ) -> tuple[list[AxisShard], AxisShard]:
     """This rank's part of each logical output and of the input axis of a parallel linear."""
-    tp_rank = getattr(layer, "tp_rank", 0)
-    tp_size = getattr(layer, "tp_size", 1)
+    tp_rank, tp_size = _rank_and_size(layer, "tp_group")
     if input_size_per_partition == input_size:
         columns = AxisShard(input_size, 0, input_size, block[1])
     else:
         start = tp_rank * input_size_per_partition
         columns = AxisShard(input_size, start, input_size_per_partition, block[1])
-    replicas = getattr(layer, "num_kv_head_replicas", 1)
     is_column_parallel = getattr(layer, "output_partition_sizes", None) is not None
     rows = []
     for index, size in enumerate(output_partition_sizes):
         if not is_column_parallel:
             rows.append(AxisShard(size, 0, size, block[0]))
             continue
-        # k and v heads are replicated when there are fewer of them than ranks.
-        copies = replicas if index > 0 else 1
-        rank = tp_rank // copies
-        rows.append(AxisShard(size * (tp_size // copies), rank * size, size, block[0]))
+        if index > 0 and hasattr(layer, "total_num_kv_heads"):
+            # k and v heads are replicated when there are fewer of them than ranks, and may be cut
+            # by another group than q (SGLang 0.5.23).
+            kv_rank, kv_size = _rank_and_size(layer, "kv_tp_group", default=(tp_rank, tp_size))
+            copies = layer.num_kv_head_replicas
+            start, full = kv_rank // copies * size, size * (kv_size // copies)
+        else:
+            start, full = tp_rank * size, size * tp_size
+        rows.append(AxisShard(full, start, size, block[0]))
     return rows, columns
+
+
+def _rank_and_size(
+    layer: torch.nn.Module, group: str, default: tuple[int, int] = (0, 1)
+) -> tuple[int, int]:
+    """Which part of how many a linear is: attributes up to 0.5.20, a group object since then."""
+    if hasattr(layer, group):
+        from sglang.srt.layers.linear import get_group_rank_size
+
+        return get_group_rank_size(getattr(layer, group))
+    if group == "tp_group" and hasattr(layer, "tp_size"):
+        return layer.tp_rank, layer.tp_size
+    return default

@@ -1,8 +1,8 @@
 """Fills one layer's expert parameters with this rank's slices, and knows what never arrived.
 
 SGLang's ``FusedMoE.weight_loader`` maps a checkpoint expert to the slots that hold it here (expert
-parallelism, EPLB replicas) and then calls ``self._weight_loader_impl`` for each slot, which cuts and
-copies. :class:`ExpertLoader` takes that last step's place on the instance: the mapping stays
+parallelism, EPLB replicas) and then calls ``self._weight_loader_impl`` for each slot, which cuts
+and copies. :class:`ExpertLoader` takes that last step's place on the instance: the mapping stays
 upstream's, the cutting is :mod:`sglang_w4afp8.sharding`'s. Slices are copied straight from the
 file's mapped pages; no whole tensor is ever materialised.
 

@@ -1,8 +1,8 @@
 """Build and load SGLang's real layers as any rank of any layout, in one process.
 
-Sharding goes wrong per rank and per shape, and shapes such as tp 32 need 32 processes to occur in a
-server. SGLang's layers take their rank from a context that can be overridden for a scope; within
-:func:`virtual_rank` a ``FusedMoE`` or a parallel linear is built and loaded exactly as on that rank.
+Sharding goes wrong per rank and per shape, and shapes such as tp 32 need 32 processes to occur in
+a server. SGLang's layers take their rank from a context that can be overridden for a scope; within
+:func:`virtual_rank` a ``FusedMoE`` or a parallel linear is built and loaded as on that rank.
 The partial outputs of all ranks must add up to the whole layer's.
 """
 
@@ -104,7 +104,7 @@ def load_experts(
 def run_experts(
     layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> torch.Tensor:
-    """This rank's partial output: ``(T, K)`` in, ``(T, K)`` out; ids are those of the checkpoint."""
+    """This rank's partial output, ``(T, K)``; ``topk_ids`` are the checkpoint's."""
     from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatchOutput
     from sglang.srt.layers.moe.topk import StandardTopKOutput
 
