@@ -1,0 +1,48 @@
+// Last kernel of the large-batch path: out[t] = factor * sum_k weight[t, k] * y[t * top_k + k].
+//
+// One thread owns 8 columns of one token and adds the experts in k order, in FP32.
+#include "primitives.cuh"
+
+constexpr int kThreads = 128;
+
+struct CombineParams {
+  const u16* y;          // (M * top_k, hidden) bfloat16; rows of skipped pairs are never read
+  const float* weights;  // (M, top_k)
+  const void* ids;       // (M, top_k) int32 or int64
+  u16* out;              // (M, hidden) bfloat16
+  float factor;
+  int hidden, top_k, experts, ids_are_64;
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    w4a8_combine(const __grid_constant__ CombineParams p) {
+  const int token = blockIdx.x;
+  const int column = (blockIdx.y * kThreads + threadIdx.x) * 8;
+  pdl_wait();
+  pdl_trigger();
+  if (column >= p.hidden) return;
+  float sum[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
+#pragma unroll 8
+  for (int k = 0; k < p.top_k; ++k) {
+    const int pair = token * p.top_k + k;
+    const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
+                                      : static_cast<const int*>(p.ids)[pair];
+    if (id < 0 || id >= p.experts) continue;
+    const float weight = p.weights[pair];
+    const uint4 v = __ldcg(
+        reinterpret_cast<const uint4*>(p.y + static_cast<u64>(pair) * p.hidden + column));
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      sum[2 * i] += weight * bf16_low(w[i]);
+      sum[2 * i + 1] += weight * bf16_high(w[i]);
+    }
+  }
+  u32 r[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = pack_bf16(p.factor * sum[2 * i], p.factor * sum[2 * i + 1]);
+  *reinterpret_cast<uint4*>(p.out + static_cast<u64>(token) * p.hidden + column) =
+      make_uint4(r[0], r[1], r[2], r[3]);
+}

@@ -1,0 +1,167 @@
+"""The order in which the Hopper kernels stream weights, and the way there from checkpoint order.
+
+A *row tile* is 64 rows for one warpgroup. A *stage* is what travels to shared memory in one copy:
+``2 · tiles`` row tiles by ``stage_k`` columns, the first half for warpgroup 0, the second for 1;
+with 256 columns there is one row tile for each, with 128 two and with 64 four, so that a copy has
+16 KB wherever the shape allows. Bytes of one expert, outermost first::
+
+    weights  [block of 2·tiles row tiles][stage along K][row tile][64 columns][thread 128][16 bytes]
+    scales   [block][stage along K][row tile][scale group][warp 4][g 8][row half 2]        (bfloat16)
+
+Thread ``32 w + 4 g + q`` of a warpgroup owns rows g and g + 8 of warp w's 16 rows, as wgmma and
+mma.sync want the A operand. Which rows of the checkpoint these are is free, and used:
+
+* gate and up: row g is a gate row and row g + 8 the up row of the same feature, so that
+  SiLU(gate)·up needs no exchange between threads;
+* down: rows g and g + 8 are output columns 2g and 2g + 1, so that results are stored in pairs.
+
+The 16 bytes are four words; word j holds columns 16 j + 4 q + (0…3) of rows g (``x``) and g + 8
+(``y``), byte i being ``|x_i| + 8·sign(y_i) + 16·|y_(i+1 mod 4)| + 128·sign(x_i)``. E4M3 bit patterns
+0…15 are the numbers 0…15 times 2⁻⁹, so one AND gives the E4M3 register of x and one rotation by four
+and an AND that of y. −8 has no such code: with ``minus_eight`` a negative v is kept as −v − 1 and the
+kernel adds the one back.
+
+The order is a permutation of nibbles within one expert's projection; shapes and bytes stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_w4afp8.packing import unpack_int4
+
+ROW_TILE = 64
+STAGE_COLUMNS = (256, 192, 128, 64)
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """How one projection is cut into stages.
+
+    Attributes:
+        rows: of one expert; a multiple of 64.
+        k: columns; a multiple of 64.
+        stage_k: columns of a stage.
+        tiles: row tiles per warpgroup in a stage.
+    """
+
+    rows: int
+    k: int
+    stage_k: int
+    tiles: int
+
+    @classmethod
+    def of(cls, rows: int, k: int) -> StageShape:
+        """The cut for a projection of ``rows`` by ``k``.
+
+        Raises:
+            ValueError: a size is not a multiple of 64.
+        """
+        if rows % ROW_TILE or k % 64:
+            raise ValueError(f"{rows} rows by {k} columns: both must be multiples of 64")
+        stage_k = next(size for size in STAGE_COLUMNS if k % size == 0)
+        # Several row tiles share a stage only when each is complete within it: their sums need no
+        # registers from one stage to the next.
+        return cls(rows, k, stage_k, max(1, 256 // stage_k) if stage_k == k else 1)
+
+    @property
+    def stages_per_unit(self) -> int:
+        """Stages along K."""
+        return self.k // self.stage_k
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of ``2 · tiles`` row tiles; the last may have fewer."""
+        return -(-self.rows // (2 * self.tiles * ROW_TILE))
+
+
+def _row_order(rows: int, gate_up: bool) -> torch.Tensor:
+    """Checkpoint row of (row tile, warp, g, half), flat: ``(rows,)`` int64."""
+    tile, warp, g, half = torch.meshgrid(
+        torch.arange(rows // ROW_TILE),
+        torch.arange(4),
+        torch.arange(8),
+        torch.arange(2),
+        indexing="ij",
+    )
+    if gate_up:
+        order = tile * 32 + warp * 8 + g + half * (rows // 2)
+    else:
+        order = tile * 64 + warp * 16 + g * 2 + half
+    return order.flatten()
+
+
+def _stage_order(tiles: torch.Tensor, shape: StageShape) -> torch.Tensor:
+    """Flatten ``(row tiles, stages, …)`` block by block, stages outside row tiles."""
+    per_block = 2 * shape.tiles
+    parts = [block.transpose(0, 1).flatten() for block in tiles.split(per_block)]
+    return torch.cat(parts)
+
+
+def shuffle_expert(
+    packed: torch.Tensor, gate_up: bool, minus_eight: bool, shape: StageShape
+) -> torch.Tensor:
+    """One expert's weights in stage order.
+
+    Args:
+        packed: ``(rows, K/2)`` int8 in checkpoint order.
+        gate_up: gate rows then up rows (w13) rather than down (w2).
+        minus_eight: use the code that can express −8.
+        shape: of the projection.
+
+    Returns:
+        ``(rows, K/2)`` uint8.
+    """
+    rows, k = shape.rows, shape.k
+    codes = unpack_int4(packed)[_row_order(rows, gate_up).to(packed.device)]
+    # k = 64 block + 16 j + 4 q + i, row = (tile, warp, g, half)
+    codes = codes.view(rows // ROW_TILE, 4, 8, 2, k // 64, 4, 4, 4)
+    negative = codes < 0
+    magnitude = torch.where(negative, -codes - 1, codes) if minus_eight else codes.abs()
+    sign, size = negative.to(torch.uint8), magnitude.to(torch.uint8)
+    x, y = size[:, :, :, 0], size[:, :, :, 1]
+    word = x | (sign[:, :, :, 1] << 3) | (y.roll(-1, dims=-1) << 4) | (sign[:, :, :, 0] << 7)
+    # (tile, warp, g, block, j, q, i) → (tile, stage, block in stage, warp, g, q, j, i)
+    word = word.permute(0, 3, 1, 2, 5, 4, 6)
+    word = word.reshape(rows // ROW_TILE, shape.stages_per_unit, -1)
+    return _stage_order(word, shape).view(rows, k // 2)
+
+
+def shuffle_expert_scales(
+    scales: torch.Tensor, gate_up: bool, shape: StageShape
+) -> torch.Tensor:
+    """One expert's group scales in stage order.
+
+    Args:
+        scales: ``(rows, K/group)`` bfloat16 in checkpoint order.
+        gate_up: as in :func:`shuffle_expert`.
+        shape: of the projection.
+
+    Returns:
+        ``(rows, K/group)`` bfloat16.
+    """
+    rows, groups = scales.shape
+    ordered = scales[_row_order(rows, gate_up).to(scales.device)]
+    ordered = ordered.view(rows // ROW_TILE, ROW_TILE, groups).transpose(1, 2)
+    ordered = ordered.reshape(rows // ROW_TILE, shape.stages_per_unit, -1)
+    return _stage_order(ordered, shape).view(rows, groups)
+
+
+def shuffle_in_place(
+    packed: torch.Tensor, scales: torch.Tensor, gate_up: bool, minus_eight: bool
+) -> None:
+    """Bring all experts of a projection into stage order, one after the other.
+
+    Args:
+        packed: ``(E, rows, K/2)`` int8, contiguous; overwritten.
+        scales: ``(E, rows, K/group)`` bfloat16, contiguous; overwritten.
+        gate_up: as in :func:`shuffle_expert`.
+        minus_eight: as in :func:`shuffle_expert`.
+    """
+    shape = StageShape.of(packed.shape[1], packed.shape[2] * 2)
+    for expert in range(packed.shape[0]):
+        words = shuffle_expert(packed[expert], gate_up, minus_eight, shape)
+        packed[expert].copy_(words.view(torch.int8))
+        scales[expert].copy_(shuffle_expert_scales(scales[expert], gate_up, shape))

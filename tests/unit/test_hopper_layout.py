@@ -1,0 +1,159 @@
+"""The Hopper weight order, read back the way the kernel reads it.
+
+The emulation below follows ``csrc/``: addresses of stages, of a thread's 16 bytes, the decoding of a
+word, and the place of an A operand's registers in a 64×32 tile (PTX ISA, wgmma m64k32, 8-bit types).
+It knows nothing of :mod:`sglang_w4afp8.kernels.hopper.layout` but the cut into stages.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_w4afp8.kernels.hopper.layout import StageShape, shuffle_in_place
+from sglang_w4afp8.packing import pack_int4, unpack_int4
+
+SHAPES = [
+    # rows, K, group, gate and up
+    (512, 512, 128, True),
+    (256, 512, 64, True),
+    (128, 256, 128, True),
+    (192, 256, 32, True),
+    (512, 256, 128, False),
+    (640, 128, 128, False),
+    (896, 64, 64, False),
+    (320, 64, 32, False),
+    (256, 192, 64, False),
+    (256, 320, 64, False),
+    (192, 512, 128, False),
+]
+
+
+def _decode(word: int, minus_eight: bool) -> tuple[list[int], list[int]]:
+    """``decode_int4`` of mma.cuh, then E4M3 below 2⁻⁵ as an integer times 2⁻⁹."""
+    keep = 0x87878787
+    registers = [word & keep, ((word << 4 | word >> 28) & 0xFFFFFFFF) & keep]
+    if minus_eight:
+        registers = [r + ((r >> 7) & 0x01010101) for r in registers]
+    values = []
+    for register in registers:
+        codes = [(register >> (8 * i)) & 0xFF for i in range(4)]
+        assert all(code & 0x7F <= 8 for code in codes)
+        values.append([-(code & 0x7F) if code & 0x80 else code for code in codes])
+    return values[0], values[1]
+
+
+def _read_expert(
+    data: torch.Tensor, rows: int, k: int, minus_eight: bool
+) -> dict[tuple[int, int], list[int]]:
+    """Rows of (row tile, row in tile) as the wgmmas of both warpgroups see them."""
+    shape = StageShape.of(rows, k)
+    words = data.contiguous().view(torch.uint8).flatten().view(torch.int32).tolist()
+    tile_bytes = shape.stage_k * 32
+    seen: dict[tuple[int, int], list[int]] = {}
+    for block in range(shape.blocks):
+        row_tiles = min(2 * shape.tiles, rows // 64 - block * 2 * shape.tiles)
+        for step in range(shape.stages_per_unit):
+            stage = (block * 2 * shape.tiles * shape.stages_per_unit + step * row_tiles) * tile_bytes
+            for in_stage in range(row_tiles):
+                tile = block * 2 * shape.tiles + in_stage
+                for thread in range(128):
+                    warp, lane = divmod(thread, 32)
+                    g, q = divmod(lane, 4)
+                    for h in range(shape.stage_k // 64):
+                        at = (stage + in_stage * tile_bytes + thread * 16 + h * 2048) // 4
+                        for j in range(4):
+                            x, y = _decode(words[at + j] & 0xFFFFFFFF, minus_eight)
+                            column = step * shape.stage_k + h * 64 + j // 2 * 32
+                            column += j % 2 * 16 + q * 4
+                            for row, values in ((g, x), (g + 8, y)):
+                                line = seen.setdefault((tile, warp * 16 + row), [99] * k)
+                                line[column : column + 4] = values
+    return seen
+
+
+def _checkpoint_row(tile: int, row: int, rows: int, gate_up: bool) -> int:
+    """Which row the epilogue takes (tile, row) for."""
+    warp, in_warp = divmod(row, 16)
+    half, g = divmod(in_warp, 8)
+    if gate_up:
+        return tile * 32 + warp * 8 + g + half * (rows // 2)
+    return tile * 64 + warp * 16 + g * 2 + half
+
+
+@pytest.mark.parametrize("minus_eight", [False, True])
+@pytest.mark.parametrize(("rows", "k", "group", "gate_up"), SHAPES)
+def test_kernel_reads_every_code_and_scale(
+    rows: int, k: int, group: int, gate_up: bool, minus_eight: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows + k)
+    lowest = -8 if minus_eight else -7
+    codes = torch.randint(lowest, 8, (2, rows, k), generator=generator, dtype=torch.int8)
+    packed = pack_int4(codes)
+    scales = torch.rand(2, rows, k // group, generator=generator).to(torch.bfloat16)
+    wanted = scales.clone()
+    shuffle_in_place(packed, scales, gate_up, minus_eight)
+
+    seen = _read_expert(packed[1], rows, k, minus_eight)
+    assert len(seen) == rows
+    for (tile, row), line in seen.items():
+        assert line == codes[1, _checkpoint_row(tile, row, rows, gate_up)].tolist()
+
+    shape = StageShape.of(rows, k)
+    flat, groups = scales[1].flatten(), shape.stage_k // group
+    for block in range(shape.blocks):
+        row_tiles = min(2 * shape.tiles, rows // 64 - block * 2 * shape.tiles)
+        for step in range(shape.stages_per_unit):
+            first = block * 2 * shape.tiles * shape.stages_per_unit + step * row_tiles
+            for in_stage in range(row_tiles):
+                for index in range(groups):
+                    for pair in range(32):  # warp * 8 + g
+                        at = ((first + in_stage) * groups + index) * 64 + pair * 2
+                        tile = block * 2 * shape.tiles + in_stage
+                        for half in range(2):
+                            row = _checkpoint_row(
+                                tile, pair // 8 * 16 + pair % 8 + half * 8, rows, gate_up
+                            )
+                            assert flat[at + half] == wanted[1, row, step * groups + index]
+
+
+def test_every_code_value_survives() -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(64, 64 // 16)
+    packed = pack_int4(codes)[None].clone()
+    scales = torch.ones(1, 64, 1, dtype=torch.bfloat16)
+    shuffle_in_place(packed, scales, False, True)
+    seen = _read_expert(packed[0], 64, 64, True)
+    assert all(line == codes[0].tolist() for line in seen.values())
+
+
+def test_layout_moves_nibbles_within_an_expert_only() -> None:
+    codes = torch.zeros(3, 128, 128, dtype=torch.int8)
+    codes[1, 5, 7] = 3
+    packed = pack_int4(codes)
+    scales = torch.ones(3, 128, 1, dtype=torch.bfloat16)
+    shuffle_in_place(packed, scales, False, False)
+    assert [int((unpack_int4(packed[e]) != 0).sum()) for e in range(3)] == [0, 1, 0]
+
+
+def test_stage_shapes_of_deepseek_r1() -> None:
+    # (rows, K) → columns of a stage, row tiles per warpgroup, stages along K
+    wanted = {
+        (512, 7168): (256, 1, 28),
+        (256, 7168): (256, 1, 28),
+        (128, 7168): (256, 1, 28),
+        (7168, 256): (256, 1, 1),
+        (7168, 128): (128, 2, 1),
+        (7168, 64): (64, 4, 1),
+        (7168, 192): (192, 1, 1),
+        (7168, 2048): (256, 1, 8),
+    }
+    for (rows, k), cut in wanted.items():
+        shape = StageShape.of(rows, k)
+        assert (shape.stage_k, shape.tiles, shape.stages_per_unit) == cut
+        assert shape.stage_k * shape.tiles <= 256
+
+
+@pytest.mark.parametrize(("rows", "k"), [(96, 64), (64, 96)])
+def test_sizes_off_the_grid_are_refused(rows: int, k: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 64"):
+        StageShape.of(rows, k)
