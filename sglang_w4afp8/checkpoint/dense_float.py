@@ -12,7 +12,6 @@ class DenseFloat:
     """See the module docstring."""
 
     name = "bf16"
-    exact = False
 
     def matches(self, parts: ExpertParts) -> bool:
         return set(parts.parts) == {"weight"} and parts.parts["weight"].dtype in _DTYPES
@@ -26,6 +25,9 @@ class DenseFloat:
         return shape[0], shape[1]
 
     def group_size(self, parts: ExpertParts) -> int | None:
+        return None
+
+    def inexact(self, parts: ExpertParts) -> str | None:
         return None
 
     def load(self, parts: ExpertParts, read: Read) -> FloatWeight:

@@ -82,12 +82,10 @@ class ExpertParts:
 class ExpertFormat(Protocol):
     """What a source-format module offers.
 
-    ``name`` is what reports call the format; ``exact`` says that its codes are taken over as they
-    are, without rounding.
+    ``name`` is what reports call the format.
     """
 
     name: str
-    exact: bool
 
     def matches(self, parts: ExpertParts) -> bool:
         """Whether these parts are in this format."""
@@ -102,7 +100,14 @@ class ExpertFormat(Protocol):
         ...
 
     def group_size(self, parts: ExpertParts) -> int | None:
-        """INT4 group of an exact format; None for formats that are rounded."""
+        """INT4 group of codes that can be taken over as they are; None when rounding is needed."""
+        ...
+
+    def inexact(self, parts: ExpertParts) -> str | None:
+        """Why a 4-bit source cannot be taken over code by code; None when it can, or is not 4-bit.
+
+        With a reason, :meth:`group_size` is None and :meth:`load` returns float weights.
+        """
         ...
 
     def load(self, parts: ExpertParts, read: Read) -> FloatWeight | Int4Weight:
@@ -112,10 +117,25 @@ class ExpertFormat(Protocol):
 
 def all_formats() -> tuple[ExpertFormat, ...]:
     """Every known format, the more specific ones first."""
+    from sglang_w4afp8.checkpoint.angelslim import AngelSlim
+    from sglang_w4afp8.checkpoint.awq import Awq
     from sglang_w4afp8.checkpoint.dense_float import DenseFloat
     from sglang_w4afp8.checkpoint.fp8_block import Fp8Block
+    from sglang_w4afp8.checkpoint.gptq import Gptq
+    from sglang_w4afp8.checkpoint.mxfp4 import MxFp4
+    from sglang_w4afp8.checkpoint.pack_quantized import PackQuantized
+    from sglang_w4afp8.checkpoint.w4afp8 import W4AFp8
 
-    return (Fp8Block(), DenseFloat())
+    return (
+        Fp8Block(),
+        DenseFloat(),
+        PackQuantized(),
+        AngelSlim(),
+        Awq(),
+        Gptq(),
+        MxFp4(),
+        W4AFp8(),
+    )
 
 
 def detect(parts: ExpertParts) -> ExpertFormat:

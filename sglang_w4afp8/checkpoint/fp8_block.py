@@ -65,7 +65,6 @@ class Fp8Block:
     """See the module docstring."""
 
     name = "fp8"
-    exact = False
 
     def matches(self, parts: ExpertParts) -> bool:
         weight = parts.parts.get("weight")
@@ -91,6 +90,9 @@ class Fp8Block:
         )
 
     def group_size(self, parts: ExpertParts) -> int | None:
+        return None
+
+    def inexact(self, parts: ExpertParts) -> str | None:
         return None
 
     def load(self, parts: ExpertParts, read: Read) -> FloatWeight:

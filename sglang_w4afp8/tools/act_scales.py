@@ -12,12 +12,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from sglang_w4afp8.checkpoint.index import open_index, read_header
+from sglang_w4afp8.checkpoint.index import (
+    CheckpointIndex,
+    TensorEntry,
+    open_index,
+    read_header,
+)
 from sglang_w4afp8.checkpoint.stream import TensorReader
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.reference import FP8_MAX
@@ -124,6 +129,24 @@ def load_amaxes(path: str | Path) -> Amaxes:
             _add(found, name, value)
     if not found:
         raise ConfigError(f"{path} holds no activation scales", "nothing can be static", [])
+    return found
+
+
+def amaxes_of_source(
+    index: CheckpointIndex, entries: Mapping[tuple[int, str], Sequence[TensorEntry]]
+) -> Amaxes:
+    """Amaxes from the input scales that a source checkpoint already holds.
+
+    Args:
+        index: the source.
+        entries: ``(layer, gemm)`` → its ``input_scale`` tensors.
+    """
+    found: Amaxes = {}
+    with TensorReader(index.root) as reader:
+        for tensors in entries.values():
+            for entry in tensors:
+                value = float(reader.read(entry).to(torch.float64).max())
+                _add(found, entry.name, value)
     return found
 
 

@@ -52,7 +52,8 @@ class Progress:
         self._stream = sys.stderr
         self._tty = self._stream.isatty()
         self._start = time.monotonic()
-        self._last = 0.0
+        self._skipped = 0
+        self._last = self._start
         self._last_length = 0
         self.done_bytes = 0
 
@@ -64,13 +65,18 @@ class Progress:
             self._last = now
             self._draw(now)
 
+    def skip(self, nbytes: int) -> None:
+        """Count bytes as processed that an earlier run did; they do not enter the rate."""
+        self._skipped += nbytes
+        self.done_bytes += nbytes
+
     def advance(self, nbytes: int) -> None:
         """Add to the bytes processed so far."""
         self.update(self.done_bytes + nbytes)
 
     def _draw(self, now: float, end: str = "") -> None:
         elapsed = max(1e-6, now - self._start)
-        rate = self.done_bytes / elapsed
+        rate = (self.done_bytes - self._skipped) / elapsed
         left = (self._total - self.done_bytes) / rate if rate > 0 else 0.0
         line = (
             f"{self._label} {100 * self.done_bytes / self._total:5.1f} %  "

@@ -1,49 +1,37 @@
 """``sglang-w4afp8 convert SRC DST``: make a W4AFP8 checkpoint from an FP8, BF16 or INT4 one.
 
-Owns the order of events: plan from headers, check the target, run the shards (resuming those that
-are done), write the small files. The source is opened read-only and never touched. Work in progress
-is recorded in ``DST/.w4afp8-work``; a run that was killed goes on with the same command, and ends
-in the same bytes as one that was not.
+Owns the command line, the checking of options and the report. The plan is :mod:`.convert_plan`, the
+arithmetic :mod:`.convert_tasks`, the files beside the shards :mod:`.convert_output`, and running,
+resuming and safety are :mod:`.rewrite`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import multiprocessing
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sglang_w4afp8.checkpoint.index import INDEX_NAME, CheckpointIndex, open_index, read_json
-from sglang_w4afp8.checkpoint.stream import remove_stale_temps, write_error
-from sglang_w4afp8.errors import CheckpointError, ConfigError, HostError
+from sglang_w4afp8.checkpoint.index import open_index, read_json
+from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.quantize.weights import METHODS
-from sglang_w4afp8.tools.act_scales import load_amaxes, scales_for_layers
-from sglang_w4afp8.tools.console import Progress, human_bytes, human_seconds, print_json
-from sglang_w4afp8.tools.convert_job import (
-    RECORD_SUFFIX,
-    ShardRecord,
-    init_worker,
-    run_job,
-    run_job_in_worker,
+from sglang_w4afp8.spec import GROUP_SIZES
+from sglang_w4afp8.tools.act_scales import amaxes_of_source, load_amaxes, scales_for_layers
+from sglang_w4afp8.tools.console import human_bytes, human_seconds, print_json
+from sglang_w4afp8.tools.convert_output import write_outputs
+from sglang_w4afp8.tools.convert_plan import collect_experts, input_scale_entries, make_plan
+from sglang_w4afp8.tools.convert_tasks import ConvertOptions
+from sglang_w4afp8.tools.rewrite import (
+    MANIFEST_NAME,
+    check_device,
+    check_paths,
+    check_space,
+    rewrite,
 )
-from sglang_w4afp8.tools.convert_output import MANIFEST_NAME, quality_table, write_outputs
-from sglang_w4afp8.tools.convert_plan import ConvertOptions, ConvertPlan, ShardJob, make_plan
-
-WORK_DIR = ".w4afp8-work"
-_DONE_DIR = ".w4afp8-done"
-# Room for index, card and file-system overhead beside the tensors.
-_SPARE_BYTES = 64 << 20
+from sglang_w4afp8.tools.rewrite_job import ShardRecord
 
 
 @dataclass
@@ -93,212 +81,6 @@ class ConvertReport:
         return asdict(self)
 
 
-def check_paths(source: Path, target: Path) -> None:
-    """Refuse targets that would touch the source.
-
-    Raises:
-        ConfigError: one directory lies inside the other.
-    """
-    src, dst = source.resolve(), target.resolve()
-    if src == dst or src in dst.parents or dst in src.parents:
-        raise ConfigError(
-            f"SRC {src}, DST {dst}",
-            "one lies inside the other; the source must stay untouched and a loader that reads one "
-            "would see the other's files",
-            ["choose a DST beside the source, e.g. " + str(src.parent / (src.name + "-W4AFP8"))],
-        )
-
-
-def _prepare_target(target: Path, fingerprint: str, overwrite: bool) -> bool:
-    """Make the target usable; returns whether the same conversion is already complete there."""
-    manifest = target / MANIFEST_NAME
-    work = target / WORK_DIR
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"DST {target} is a file", "a directory is written", ["choose another"])
-    if manifest.is_file() and (target / "config.json").is_file() and not overwrite:
-        made = read_json(manifest)
-        complete = made.get("fingerprint") == fingerprint and all(
-            (target / shard).is_file() and (target / shard).stat().st_size == info["size_bytes"]
-            for shard, info in made.get("shards", {}).items()
-        )
-        if complete:
-            return True
-    started = work / "fingerprint"
-    if started.is_file() and started.read_text(encoding="utf-8") != fingerprint and not overwrite:
-        raise ConfigError(
-            f"{target} holds an unfinished conversion of another source or with other options",
-            "going on would mix two results",
-            [
-                "run it with the options it was started with",
-                "--overwrite  drops it and starts again",
-                "choose another DST",
-            ],
-        )
-    if target.is_dir() and not started.is_file():
-        others = [item.name for item in target.iterdir() if item.name not in (WORK_DIR, _DONE_DIR)]
-        if others and not overwrite:
-            raise ConfigError(
-                f"{target} is not empty ({', '.join(sorted(others)[:4])} …)",
-                "files of another checkpoint would be mixed with the result",
-                ["choose another DST", "--overwrite  replaces the checkpoint in it"],
-            )
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        if overwrite and not (
-            started.is_file() and started.read_text(encoding="utf-8") == fingerprint
-        ):
-            _drop_checkpoint(target)
-        work.mkdir(exist_ok=True)
-        remove_stale_temps(target)
-        remove_stale_temps(work)
-        if not started.is_file():
-            temp = work / "fingerprint.new"
-            temp.write_text(fingerprint, encoding="utf-8")
-            temp.replace(started)
-    except OSError as error:
-        raise write_error(target, error) from error
-    return False
-
-
-def _drop_checkpoint(target: Path) -> None:
-    for name in (WORK_DIR, _DONE_DIR):
-        shutil.rmtree(target / name, ignore_errors=True)
-    for name in ("config.json", INDEX_NAME, MANIFEST_NAME, "hf_quant_config.json"):
-        (target / name).unlink(missing_ok=True)
-    for path in target.glob("*.safetensors"):
-        path.unlink()
-
-
-@contextlib.contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    with (work / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{work.parent} is being written by another process",
-                "two conversions into one directory would overwrite each other",
-                ["wait for it to finish", "choose another DST"],
-            ) from error
-        yield
-
-
-def _check_space(target: Path, needed: int) -> None:
-    place = target
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed + _SPARE_BYTES > free:
-        raise CheckpointError(
-            f"{place} has {human_bytes(free)} free, {human_bytes(needed)} are still to be written",
-            "the conversion would stop with a full disk",
-            ["free some space", "choose a DST on another disk"],
-        )
-
-
-def _device_type(device: str) -> str:
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}", "known devices are cpu and cuda[:N]", [])
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise HostError(
-            "--device cuda",
-            "torch sees no CUDA device",
-            ["--device cpu", "sglang-w4afp8 doctor  tells what is missing"],
-        )
-    return kind
-
-
-def _finished(work: Path, target: Path, job: ShardJob) -> ShardRecord | None:
-    record = ShardRecord.load(work / (job.shard + RECORD_SUFFIX))
-    if record is None or record.shard != job.shard:
-        return None
-    path = target / job.shard
-    return record if path.is_file() and path.stat().st_size == record.size_bytes else None
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # The pieces are cache-sized: torch's own threads would spend their time waiting for each
-    # other, 10 times slower on a busy machine. Processes are the unit of parallelism.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run_jobs(
-    jobs: list[ShardJob],
-    plan: ConvertPlan,
-    index: CheckpointIndex,
-    target: Path,
-    device: str,
-    workers: int,
-    progress: Progress,
-) -> list[ShardRecord]:
-    work = target / WORK_DIR
-    if workers == 1 or len(jobs) <= 1:
-        with _one_thread():
-            return [
-                run_job(
-                    job,
-                    source_root=index.root,
-                    target_root=target,
-                    record_path=work / (job.shard + RECORD_SUFFIX),
-                    options=plan.options,
-                    device=device,
-                    advance=progress.advance,
-                )
-                for job in jobs
-            ]
-    # Spawned, not forked: CUDA and torch's thread pools do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    start = progress.done_bytes
-    records: list[ShardRecord] = []
-    with ProcessPoolExecutor(
-        max_workers=min(workers, len(jobs)),
-        mp_context=context,
-        initializer=init_worker,
-        initargs=(counter, os.getpid()),
-    ) as pool:
-        # Largest first, so that no long job is left for the end.
-        ordered = sorted(jobs, key=lambda job: -job.source_bytes)
-        futures = {
-            pool.submit(
-                run_job_in_worker,
-                job,
-                index.root,
-                target,
-                work / (job.shard + RECORD_SUFFIX),
-                plan.options,
-                device,
-            )
-            for job in ordered
-        }
-        try:
-            while futures:
-                done = {future for future in futures if future.done()}
-                records.extend(future.result() for future in done)
-                futures -= done
-                progress.update(start + counter.value)
-                if futures and not done:
-                    with contextlib.suppress(TimeoutError):
-                        next(as_completed(futures, timeout=0.5))
-        except BrokenProcessPool as error:
-            raise HostError(
-                "a worker process died without a message",
-                "the system kills processes when memory runs out; finished shards are kept",
-                ["run the same command again with a smaller --workers"],
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return records
-
-
 def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -311,6 +93,7 @@ def convert_checkpoint(
     workers: int = 1,
     keep: Sequence[str] = (),
     full_range: bool = False,
+    requantize: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool = False,
@@ -323,12 +106,14 @@ def convert_checkpoint(
         method: ``mse`` (searched scales), ``rtn`` (absmax / 7).
         group_size: 32, 64 or 128; None takes an INT4 source's own, else 128.
         activation: ``static`` writes input scales from ``act_scales``; ``dynamic`` writes none.
-            None means static when ``act_scales`` is given.
+            None means static when ``act_scales`` is given or the source has input scales.
         act_scales: file of calibrated amaxes, see :func:`~.act_scales.load_amaxes`.
         device: ``cpu`` or ``cuda[:N]``, where rounding is computed.
         workers: processes; memory grows by about one expert matrix in float32 per worker.
         keep: regular expressions searched in ``…layers.L.….experts``; matching layers stay.
         full_range: ``mse`` only: negative scales and the code −8 (better by about 0.8 dB).
+        requantize: round 4-bit sources again (needed for AWQ, asymmetric or permuted GPTQ, MXFP4,
+            and for coarser groups) instead of taking their codes over.
         overwrite: replace whatever checkpoint is in ``dst``.
         dry_run: plan and check, write nothing.
         progress: draw a progress line on standard error.
@@ -342,21 +127,28 @@ def convert_checkpoint(
     started = time.monotonic()
     source, target = Path(src), Path(dst)
     check_paths(source, target)
-    scheme = activation or ("static" if act_scales is not None else "dynamic")
-    _check_options(method, group_size, scheme, act_scales, full_range, workers)
     index = open_index(source)
+    own_scales = input_scale_entries(collect_experts(index))
+    scheme = activation
+    if scheme is None:
+        scheme = "static" if act_scales is not None or own_scales else "dynamic"
+    _check_options(method, group_size, scheme, act_scales, bool(own_scales), full_range)
     options = ConvertOptions(
         method=method,
         group_size=group_size,
         activation=scheme,
         full_range=full_range,
+        requantize=requantize,
         keep=tuple(keep),
-        device_type=_device_type(device),
+        device_type=check_device(device),
     )
     plan = make_plan(index, options)
     if scheme == "static":
-        assert act_scales is not None
-        scales = scales_for_layers(load_amaxes(Path(act_scales)), plan.layers)
+        if act_scales is not None:
+            amaxes = load_amaxes(act_scales)
+        else:
+            amaxes = amaxes_of_source(index, own_scales)
+        scales = scales_for_layers(amaxes, plan.layers)
         plan = make_plan(index, options, scales)
     report = ConvertReport(
         target=str(target),
@@ -380,31 +172,28 @@ def convert_checkpoint(
             "each, the plugin computes them per token"
         )
     if dry_run:
-        _check_space(target, plan.output_bytes)
+        check_space(target, plan.output_bytes)
         return report
-    if _prepare_target(target, plan.fingerprint, overwrite):
-        report.shards_resumed = report.shards
-        report.quality = read_json(target / MANIFEST_NAME).get("quality", {})
-        report.notes.append("the same conversion is already complete in DST; nothing was done")
-        shutil.rmtree(target / WORK_DIR, ignore_errors=True)
-        shutil.rmtree(target / _DONE_DIR, ignore_errors=True)
-        return report
-    with _lock(target / WORK_DIR):
-        records = [r for job in plan.jobs if (r := _finished(target / WORK_DIR, target, job))]
-        report.shards_resumed = len(records)
-        finished = {record.shard for record in records}
-        todo = [job for job in plan.jobs if job.shard not in finished]
-        _check_space(target, sum(job.output_bytes for job in todo))
-        bar = Progress(plan.source_bytes, "convert", enabled=progress)
-        bar.update(sum(job.source_bytes for job in plan.jobs if job.shard in finished))
-        records += _run_jobs(todo, plan, index, target, device, workers, bar)
-        bar.finish()
-        records.sort(key=lambda record: record.shard)
+
+    def finish(records: list[ShardRecord]) -> None:
         write_outputs(plan, index, records, target)
-        report.quality = quality_table(records)
-        # Renamed before it is emptied: a kill in between must not look like unfinished work.
-        (target / WORK_DIR).replace(target / _DONE_DIR)
-    shutil.rmtree(target / _DONE_DIR, ignore_errors=True)
+
+    outcome = rewrite(
+        plan.jobs,
+        plan.fingerprint,
+        source,
+        target,
+        finish,
+        label="convert",
+        device=device,
+        workers=workers,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    report.shards_resumed = outcome.resumed
+    report.quality = read_json(target / MANIFEST_NAME).get("quality", {})
+    if outcome.was_complete:
+        report.notes.append("the same conversion is already complete in DST; nothing was done")
     report.seconds = time.monotonic() - started
     return report
 
@@ -414,14 +203,14 @@ def _check_options(
     group_size: int | None,
     activation: str,
     act_scales: object,
+    has_own_scales: bool,
     full_range: bool,
-    workers: int,
 ) -> None:
     if method not in METHODS:
         raise ConfigError(
             f"method {method!r}", f"known methods: {', '.join(METHODS)}", ["--method mse"]
         )
-    if group_size not in (None, 32, 64, 128):
+    if group_size not in (None, *GROUP_SIZES):
         raise ConfigError(
             f"group size {group_size}", "kernels exist for 32, 64 and 128", ["--group-size 128"]
         )
@@ -429,7 +218,7 @@ def _check_options(
         raise ConfigError(
             f"activation {activation!r}", "known schemes: static, dynamic", ["--activation dynamic"]
         )
-    if activation == "static" and act_scales is None:
+    if activation == "static" and act_scales is None and not has_own_scales:
         raise ConfigError(
             "--activation static without --act-scales",
             "static scales come from a calibration run; a missing one is silently 1.0 in SGLang",
@@ -450,8 +239,6 @@ def _check_options(
             "only the scale search makes use of the sixteenth code",
             ["--method mse --full-range"],
         )
-    if workers < 1:
-        raise ConfigError(f"--workers {workers}", "at least one is needed", ["--workers 1"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -460,12 +247,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", help="directory to write; an unfinished conversion is continued")
     parser.add_argument("--method", choices=METHODS, default="mse", help="default: %(default)s")
     parser.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128), help="default: the source's own, or 128"
+        "--group-size", type=int, choices=GROUP_SIZES, help="default: the source's own, or 128"
     )
     parser.add_argument(
         "--activation",
         choices=("static", "dynamic"),
-        help="default: static with --act-scales, dynamic without",
+        help="default: static with --act-scales or scales in the source, else dynamic",
     )
     parser.add_argument("--act-scales", metavar="FILE", help="calibrated amaxes per layer and GEMM")
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:N]; default: %(default)s")
@@ -481,6 +268,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full-range",
         action="store_true",
         help="mse: negative scales and the code -8, about 0.8 dB better",
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="round 4-bit sources again instead of taking their codes over",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
     parser.add_argument("--dry-run", action="store_true", help="plan and check, write nothing")
@@ -500,6 +292,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         keep=args.keep,
         full_range=args.full_range,
+        requantize=args.requantize,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         progress=not args.json,

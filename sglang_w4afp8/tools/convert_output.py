@@ -20,10 +20,10 @@ from sglang_w4afp8.checkpoint.stream import TEMP_SUFFIX, write_atomic, write_err
 from sglang_w4afp8.quantize.metrics import ErrorStats
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.tools.console import human_bytes
-from sglang_w4afp8.tools.convert_job import ShardRecord
 from sglang_w4afp8.tools.convert_plan import ConvertPlan, quant_section
+from sglang_w4afp8.tools.rewrite import MANIFEST_NAME
+from sglang_w4afp8.tools.rewrite_job import ShardRecord
 
-MANIFEST_NAME = "w4afp8-manifest.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _REWRITTEN = frozenset(
     {"config.json", "hf_quant_config.json", "quant_cfg.json", "README.md", MANIFEST_NAME}

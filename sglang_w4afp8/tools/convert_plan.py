@@ -12,10 +12,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang_w4afp8 import __version__
+from sglang_w4afp8.checkpoint.dense_float import DenseFloat
 from sglang_w4afp8.checkpoint.formats import ExpertFormat, ExpertParts, detect
 from sglang_w4afp8.checkpoint.index import CheckpointIndex, TensorEntry
 from sglang_w4afp8.checkpoint.names import (
@@ -27,103 +28,14 @@ from sglang_w4afp8.checkpoint.names import (
     text_config,
     uses_w_scale_names,
 )
-from sglang_w4afp8.checkpoint.stream import OutTensor, file_order
 from sglang_w4afp8.errors import CheckpointError, ConfigError
+from sglang_w4afp8.spec import GROUP_SIZES
+from sglang_w4afp8.tools.convert_tasks import ConvertOptions, ExpertTask, UnpackTask
+from sglang_w4afp8.tools.rewrite_job import ShardJob, Task
 
 # The part that decides in which shard the result of an expert projection is stored.
 MAIN_PARTS = ("weight", "weight_packed", "qweight")
 _INT4_LINEAR = re.compile(r"\.(qweight|weight_packed)$")
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What decides the bytes of the result (and nothing that does not).
-
-    Attributes:
-        method: ``rtn``, ``mse`` or ``gptq``.
-        group_size: codes per scale; None takes the source's own (INT4 sources) or 128.
-        activation: ``static`` or ``dynamic``.
-        full_range: allow negative scales and the code −8 (``mse``).
-        keep: regular expressions; a MoE layer whose ``…experts`` path matches stays as it is.
-        device_type: ``cpu`` or ``cuda``; their float arithmetic may differ in the last bit.
-    """
-
-    method: str = "mse"
-    group_size: int | None = None
-    activation: str = "dynamic"
-    full_range: bool = False
-    keep: tuple[str, ...] = ()
-    device_type: str = "cpu"
-
-
-@dataclass(frozen=True)
-class ExpertTask:
-    """One expert projection to convert.
-
-    Attributes:
-        name: its parsed main tensor name.
-        parts: the source tensors.
-        format_name: source format.
-        shape: ``(N, K)``.
-        group_size: of the result.
-        input_scale: static activation scale to store, or None.
-        input_scale_name: under which name.
-    """
-
-    name: ExpertName
-    parts: ExpertParts
-    format_name: str
-    shape: tuple[int, int]
-    group_size: int
-    input_scale: float | None = None
-    input_scale_name: str = ""
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes read for it."""
-        return sum(entry.nbytes for entry in self.parts.parts.values())
-
-    def outputs(self) -> list[OutTensor]:
-        """The tensors it becomes, in file order."""
-        rows, columns = self.shape
-        prefix = self.name.prefix
-        made = [
-            OutTensor(f"{prefix}.weight", "I8", (rows, columns // 2)),
-            OutTensor(f"{prefix}.weight_scale_inv", "BF16", (rows, columns // self.group_size)),
-        ]
-        if self.input_scale is not None:
-            made.append(OutTensor(self.input_scale_name, "BF16", (1,)))
-        return made
-
-
-@dataclass
-class ShardJob:
-    """One output file.
-
-    Attributes:
-        shard: file name.
-        outputs: its tensors in file order.
-        copies: output name → source entry.
-        experts: projection prefix → task.
-        owner: output name → projection prefix, for converted tensors.
-    """
-
-    shard: str
-    outputs: list[OutTensor] = field(default_factory=list)
-    copies: dict[str, TensorEntry] = field(default_factory=dict)
-    experts: dict[str, ExpertTask] = field(default_factory=dict)
-    owner: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes this job reads."""
-        copied = sum(entry.nbytes for entry in self.copies.values())
-        return copied + sum(task.source_bytes for task in self.experts.values())
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of the tensors this job writes."""
-        return sum(item.nbytes for item in self.outputs)
 
 
 @dataclass
@@ -208,6 +120,18 @@ def collect_experts(index: CheckpointIndex) -> dict[str, tuple[ExpertName, dict[
     return found
 
 
+def input_scale_entries(
+    experts: dict[str, tuple[ExpertName, dict[str, TensorEntry]]],
+) -> dict[tuple[int, str], list[TensorEntry]]:
+    """``(layer, gemm)`` → the input scales in the source; empty unless every expert has one."""
+    found: dict[tuple[int, str], list[TensorEntry]] = {}
+    for name, parts in experts.values():
+        if "input_scale" not in parts:
+            return {}
+        found.setdefault((name.layer, GEMM_OF[name.projection]), []).append(parts["input_scale"])
+    return found
+
+
 def _kept_modules(modules: Iterable[str], patterns: tuple[str, ...]) -> set[str]:
     try:
         compiled = [re.compile(pattern) for pattern in patterns]
@@ -230,13 +154,18 @@ def _kept_modules(modules: Iterable[str], patterns: tuple[str, ...]) -> set[str]
 
 
 def _result_group(source_group: int | None, wanted: int | None, columns: int, prefix: str) -> int:
-    group = wanted or source_group or 128
-    if source_group is not None and source_group % group:
+    if source_group is None:
+        group = wanted or 128
+    else:
+        # Per-channel and odd groups are cut to the largest one that kernels know.
+        group = wanted or next((g for g in (128, 64, 32) if source_group % g == 0), source_group)
+    if source_group is not None and (source_group % group or group not in GROUP_SIZES):
         raise ConfigError(
             f"{prefix}: source groups of {source_group}, --group-size {group}",
             "INT4 codes can be taken over exactly only when the new group divides the old one; "
             "coarser groups would need requantisation, which costs 2 to 3 dB",
-            [f"--group-size {source_group}", "convert from the BF16 or FP8 checkpoint instead"],
+            [f"--group-size {g}" for g in GROUP_SIZES if source_group % g == 0]
+            + ["--requantize", "convert from the BF16 or FP8 checkpoint instead"],
         )
     if columns % group:
         fitting = [g for g in (128, 64, 32) if columns % g == 0]
@@ -246,6 +175,24 @@ def _result_group(source_group: int | None, wanted: int | None, columns: int, pr
             [f"--group-size {g}" for g in fitting] or ["--keep REGEX  leaves the layer as it is"],
         )
     return group
+
+
+def _group_of(
+    source: ExpertFormat, parts: ExpertParts, shape: tuple[int, int], options: ConvertOptions
+) -> int:
+    reason = source.inexact(parts)
+    if reason and not options.requantize:
+        raise CheckpointError(
+            f"{parts.prefix} is in {source.name} format",
+            f"it cannot be taken over exactly: {reason}",
+            [
+                f"sglang-w4afp8 convert SRC DST --requantize --method {options.method}  rounds the "
+                "4-bit weights once more",
+                "convert from the BF16 or FP8 checkpoint instead: one rounding, not two",
+            ],
+        )
+    taken_over = None if options.requantize else source.group_size(parts)
+    return _result_group(taken_over, options.group_size, shape[1], parts.prefix)
 
 
 def _linears(
@@ -302,29 +249,32 @@ def make_plan(
         )
     kept = _kept_modules((name.module for name, _ in experts.values()), options.keep)
     w_names = uses_w_scale_names(index.config)
-    jobs = {shard: ShardJob(shard) for shard in index.shards}
+    tasks: dict[str, Task] = {}
     consumed: set[str] = set()
     formats: Counter[str] = Counter()
     groups: set[int] = set()
     layers: set[int] = set()
-    tasks: dict[str, ExpertTask] = {}
     for prefix, (name, parts) in experts.items():
-        if name.module in kept:
-            continue
         bundle = ExpertParts(prefix, parts, quant)
-        source: ExpertFormat = detect(bundle)
+        source = detect(bundle)
         shape = source.shape(bundle)
-        group = _result_group(source.group_size(bundle), options.group_size, shape[1], prefix)
+        main = next(part for part in MAIN_PARTS if part in parts)
+        if name.module in kept:
+            if source.name != DenseFloat.name:
+                tasks[parts[main].name] = UnpackTask(name, bundle, source.name, shape)
+                consumed.update(entry.name for entry in parts.values())
+            continue
+        group = _group_of(source, bundle, shape, options)
         scale = None
         if input_scales is not None and options.activation == "static":
             scale = input_scales[(name.layer, GEMM_OF[name.projection])]
-        main = next(part for part in MAIN_PARTS if part in parts)
         tasks[parts[main].name] = ExpertTask(
             name=name,
             parts=bundle,
             format_name=source.name,
             shape=shape,
             group_size=group,
+            options=options,
             input_scale=scale,
             input_scale_name=input_scale_name(
                 name.module, name.expert, name.projection, w_names=w_names
@@ -340,20 +290,15 @@ def make_plan(
             "a checkpoint states one group size for all layers",
             [f"--group-size {min(groups)}"],
         )
+    jobs = {shard: ShardJob(shard) for shard in index.shards}
     for entry in index:
-        job = jobs[entry.shard]
         task = tasks.get(entry.name)
         if task is not None:
-            job.experts[task.name.prefix] = task
-            for item in task.outputs():
-                job.outputs.append(item)
-                job.owner[item.name] = task.name.prefix
+            jobs[entry.shard].add(task)
         elif entry.name not in consumed:
-            job.copies[entry.name] = entry
-            job.outputs.append(OutTensor(entry.name, entry.dtype, entry.shape))
-            entry.torch_dtype  # noqa: B018  raises here rather than in the middle of the run
+            jobs[entry.shard].copy(entry)
     for job in jobs.values():
-        job.outputs = file_order(job.outputs)
+        job.seal()
     block, plain = _linears(index, quant)
     digest = hashlib.sha256()
     digest.update(index.fingerprint().encode())

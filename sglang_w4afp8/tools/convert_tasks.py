@@ -1,0 +1,179 @@
+"""What happens to one expert projection: rounding, taking over, or unpacking to BF16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sglang_w4afp8.checkpoint.formats import (
+    ExpertFormat,
+    ExpertParts,
+    FloatWeight,
+    Int4Weight,
+    all_formats,
+)
+from sglang_w4afp8.checkpoint.names import ExpertName
+from sglang_w4afp8.checkpoint.stream import OutTensor, TensorReader
+from sglang_w4afp8.packing import has_minus_eight
+from sglang_w4afp8.quantize.groups import resize_group_scale
+from sglang_w4afp8.quantize.weights import float_rows, quantize_weight
+from sglang_w4afp8.reference import dequantize_int4
+from sglang_w4afp8.tools.rewrite_job import Made
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What decides the bytes of the result (and nothing that does not).
+
+    Attributes:
+        method: ``rtn``, ``mse`` or ``gptq``.
+        group_size: codes per scale; None takes the source's own (INT4 sources) or 128.
+        activation: ``static`` or ``dynamic``.
+        full_range: allow negative scales and the code −8 (``mse``).
+        requantize: round 4-bit sources again instead of taking their codes over.
+        keep: regular expressions; a MoE layer whose ``…experts`` path matches is not quantised.
+        device_type: ``cpu`` or ``cuda``; their float arithmetic may differ in the last bit.
+    """
+
+    method: str = "mse"
+    group_size: int | None = None
+    activation: str = "dynamic"
+    full_range: bool = False
+    requantize: bool = False
+    keep: tuple[str, ...] = ()
+    device_type: str = "cpu"
+
+
+def _format(name: str) -> ExpertFormat:
+    return next(item for item in all_formats() if item.name == name)
+
+
+def _to_float(weight: FloatWeight | Int4Weight) -> FloatWeight:
+    if isinstance(weight, FloatWeight):
+        return weight
+    return FloatWeight(
+        dequantize_int4(weight.packed, weight.scale, weight.group_size, torch.float32)
+    )
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """One expert projection to W4AFP8.
+
+    Attributes:
+        name: its parsed main tensor name.
+        parts: the source tensors.
+        format_name: source format.
+        shape: ``(N, K)``.
+        group_size: of the result.
+        options: how to round.
+        input_scale: static activation scale to store, or None.
+        input_scale_name: under which name.
+    """
+
+    name: ExpertName
+    parts: ExpertParts
+    format_name: str
+    shape: tuple[int, int]
+    group_size: int
+    options: ConvertOptions
+    input_scale: float | None = None
+    input_scale_name: str = ""
+
+    @property
+    def key(self) -> str:
+        """``…experts.5.gate_proj``."""
+        return self.name.prefix
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read for it."""
+        return sum(entry.nbytes for entry in self.parts.parts.values())
+
+    def outputs(self) -> list[OutTensor]:
+        """Weight, scales and, for static activations, the input scale."""
+        rows, columns = self.shape
+        made = [
+            OutTensor(f"{self.key}.weight", "I8", (rows, columns // 2)),
+            OutTensor(f"{self.key}.weight_scale_inv", "BF16", (rows, columns // self.group_size)),
+        ]
+        if self.input_scale is not None:
+            made.append(OutTensor(self.input_scale_name, "BF16", (1,)))
+        return made
+
+    def make(self, reader: TensorReader, device: str) -> Made:
+        """Read, round (or take over), pack."""
+        weight = _format(self.format_name).load(self.parts, reader.read)
+        stats = None
+        if isinstance(weight, FloatWeight) or self.options.requantize:
+            source = _to_float(weight)
+            packed, scale, stats = quantize_weight(
+                source.data.to(device),
+                None if source.scale is None else source.scale.to(device),
+                source.block,
+                method=self.options.method,
+                group_size=self.group_size,
+                full_range=self.options.full_range,
+                name=self.key,
+            )
+        else:
+            packed = weight.packed
+            scale = resize_group_scale(weight.scale, weight.group_size, self.group_size)
+        tensors = {f"{self.key}.weight": packed.cpu(), f"{self.key}.weight_scale_inv": scale.cpu()}
+        if self.input_scale is not None:
+            value = torch.tensor([self.input_scale], dtype=torch.bfloat16)
+            tensors[self.input_scale_name] = value
+        # Rounding without full_range cannot make a −8; looking would cost time for nothing.
+        may_hold = stats is None or self.options.full_range
+        return Made(tensors, stats, may_hold and has_minus_eight(packed))
+
+
+@dataclass(frozen=True)
+class UnpackTask:
+    """One expert projection of a kept layer to BF16.
+
+    A layer that is not quantised is loaded as BF16, so a kept layer of an FP8 or INT4 checkpoint
+    has to be unpacked. A BF16 layer is copied instead.
+
+    Attributes:
+        name: its parsed main tensor name.
+        parts: the source tensors.
+        format_name: source format.
+        shape: ``(N, K)``.
+    """
+
+    name: ExpertName
+    parts: ExpertParts
+    format_name: str
+    shape: tuple[int, int]
+
+    @property
+    def key(self) -> str:
+        """``…experts.5.gate_proj``."""
+        return self.name.prefix
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes read for it."""
+        return sum(entry.nbytes for entry in self.parts.parts.values())
+
+    def outputs(self) -> list[OutTensor]:
+        """One BF16 matrix."""
+        return [OutTensor(f"{self.key}.weight", "BF16", self.shape)]
+
+    def make(self, reader: TensorReader, device: str) -> Made:
+        """Read and unpack."""
+        weight = _to_float(_format(self.format_name).load(self.parts, reader.read))
+        result = torch.empty(self.shape, dtype=torch.bfloat16)
+        for start, stop in _row_blocks(*self.shape):
+            part = float_rows(weight.data, weight.scale, weight.block, start, stop)
+            result[start:stop] = part.to(torch.bfloat16)
+        return Made({f"{self.key}.weight": result})
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(1, (1 << 19) // columns)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
