@@ -19,8 +19,8 @@ The rule
 --------
 Rank r owns elements ``start … start + size − 1`` with ``start = r · size``. The scale of its local
 element j is column ``(start + j) // group``. Those columns, one per element, are constant over runs
-of ``local_group = gcd(size, group)`` elements: ``local_group`` divides ``group`` and every ``start``
-that is a multiple of ``size``, so no run crosses a group's edge. A rank therefore holds an ordinary
+of ``local_group = gcd(size, group)`` elements: ``local_group`` divides ``group`` and every
+``start`` that is a multiple of ``size``, so no run crosses a group's edge. A rank therefore holds an ordinary
 grouped matrix whose group is ``local_group``, whose scale column c is the checkpoint's column
 ``(start + c · local_group) // group``. Nothing is rounded and no value changes: put together, the
 ranks' dequantised shards are the dequantised whole, bit for bit. 64 of 2048 at tp 32: local group
@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from sglang_w4afp8.errors import ShardError
+from sglang_w4afp8.spec import GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -198,19 +199,13 @@ class ExpertShard:
             raise ShardError(
                 f"{what}: hidden size {hidden_size}, group size {group_size}",
                 f"{hidden_size} / {group_size} is not a whole number of scale groups along K",
-                [
-                    "requantise: sglang-w4afp8 convert SRC DST --group-size "
-                    f"{gcd(hidden_size, group_size)}"
-                ],
+                _regroup_ways(hidden_size, intermediate_size),
             )
         if intermediate_size % group_size:
             raise ShardError(
                 f"{what}: expert intermediate size {intermediate_size}, group size {group_size}",
                 "the down projection has no whole number of scale groups along K",
-                [
-                    "requantise: sglang-w4afp8 convert SRC DST --group-size "
-                    f"{gcd(intermediate_size, group_size)}"
-                ],
+                _regroup_ways(hidden_size, intermediate_size),
             )
         columns = AxisShard.even(
             intermediate_size, group_size, tp_rank, tp_size, f"{what}: expert intermediate size"
@@ -245,6 +240,14 @@ class ExpertShard:
     def w2_group_size(self) -> int:
         """Codes per scale in the rank's down projection."""
         return self.columns.local_group
+
+
+def _regroup_ways(hidden_size: int, intermediate_size: int) -> list[str]:
+    """Commands that give both axes whole groups; empty when no group size that exists does."""
+    sizes = [g for g in GROUP_SIZES if hidden_size % g == 0 and intermediate_size % g == 0]
+    return [f"requantise: sglang-w4afp8 convert SRC DST --group-size {g}" for g in sizes[::-1]] or [
+        "leave these experts unquantised: name them in modules_to_not_convert"
+    ]
 
 
 def nearest_divisors(number: int, wanted: int, count: int = 2) -> list[int]:

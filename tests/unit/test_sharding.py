@@ -149,8 +149,8 @@ def test_regrouping_and_common_block() -> None:
     [
         (7168, 2048, 128, 24, ["2048", "24", "85.33", "--tp 32", "--tp 16"]),
         (7168, 2048, 128, 2048, ["2048", "1 columns", "--tp 1024"]),
-        (7100, 2048, 128, 8, ["7100", "128", "--group-size 4"]),
-        (7168, 2000, 128, 8, ["2000", "128", "--group-size 16"]),
+        (7104, 2048, 128, 8, ["7104", "128", "--group-size 64"]),
+        (7168, 2000, 128, 8, ["2000", "128", "modules_to_not_convert"]),
     ],
 )
 def test_what_cannot_be_cut_is_said_with_numbers(
