@@ -54,7 +54,9 @@ def _read_expert(
     for block in range(shape.blocks):
         row_tiles = min(2 * shape.tiles, rows // 64 - block * 2 * shape.tiles)
         for step in range(shape.stages_per_unit):
-            stage = (block * 2 * shape.tiles * shape.stages_per_unit + step * row_tiles) * tile_bytes
+            stage = (
+                block * 2 * shape.tiles * shape.stages_per_unit + step * row_tiles
+            ) * tile_bytes
             for in_stage in range(row_tiles):
                 tile = block * 2 * shape.tiles + in_stage
                 for thread in range(128):

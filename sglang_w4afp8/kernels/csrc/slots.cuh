@@ -5,7 +5,7 @@
 #pragma once
 #include "primitives.cuh"
 
-constexpr int kMaxPairs = 256;    // tokens * top_k
+constexpr int kMaxPairs = 16 * W4_TOKENS;  // tokens * top_k
 constexpr int kMaxExperts = 512;
 
 struct Batch {

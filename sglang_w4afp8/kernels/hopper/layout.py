@@ -5,8 +5,8 @@ A *row tile* is 64 rows for one warpgroup. A *stage* is what travels to shared m
 with 256 columns there is one row tile for each, with 128 two and with 64 four, so that a copy has
 16 KB wherever the shape allows. Bytes of one expert, outermost first::
 
-    weights  [block of 2·tiles row tiles][stage along K][row tile][64 columns][thread 128][16 bytes]
-    scales   [block][stage along K][row tile][scale group][warp 4][g 8][row half 2]        (bfloat16)
+    weights  [block of 2·tiles row tiles][stage along K][row tile][64 columns][thread][16 bytes]
+    scales   [block][stage along K][row tile][scale group][warp 4][g 8][row half 2]   (bfloat16)
 
 Thread ``32 w + 4 g + q`` of a warpgroup owns rows g and g + 8 of warp w's 16 rows, as wgmma and
 mma.sync want the A operand. Which rows of the checkpoint these are is free, and used:
@@ -16,10 +16,10 @@ mma.sync want the A operand. Which rows of the checkpoint these are is free, and
 * down: rows g and g + 8 are output columns 2g and 2g + 1, so that results are stored in pairs.
 
 The 16 bytes are four words; word j holds columns 16 j + 4 q + (0…3) of rows g (``x``) and g + 8
-(``y``), byte i being ``|x_i| + 8·sign(y_i) + 16·|y_(i+1 mod 4)| + 128·sign(x_i)``. E4M3 bit patterns
-0…15 are the numbers 0…15 times 2⁻⁹, so one AND gives the E4M3 register of x and one rotation by four
-and an AND that of y. −8 has no such code: with ``minus_eight`` a negative v is kept as −v − 1 and the
-kernel adds the one back.
+(``y``), byte i being ``|x_i| + 8·sign(y_i) + 16·|y_(i+1 mod 4)| + 128·sign(x_i)``. E4M3 bit
+patterns 0…15 are the numbers 0…15 times 2⁻⁹, so one AND gives the E4M3 register of x and one
+rotation by four and an AND that of y. −8 has no such code: with ``minus_eight`` a negative v is
+kept as −v − 1 and the kernel adds the one back.
 
 The order is a permutation of nibbles within one expert's projection; shapes and bytes stay.
 """
@@ -96,7 +96,7 @@ def _row_order(rows: int, gate_up: bool) -> torch.Tensor:
 def _stage_order(tiles: torch.Tensor, shape: StageShape) -> torch.Tensor:
     """Flatten ``(row tiles, stages, …)`` block by block, stages outside row tiles."""
     per_block = 2 * shape.tiles
-    parts = [block.transpose(0, 1).flatten() for block in tiles.split(per_block)]
+    parts = [block.transpose(0, 1).flatten() for block in torch.split(tiles, per_block)]
     return torch.cat(parts)
 
 
@@ -129,9 +129,7 @@ def shuffle_expert(
     return _stage_order(word, shape).view(rows, k // 2)
 
 
-def shuffle_expert_scales(
-    scales: torch.Tensor, gate_up: bool, shape: StageShape
-) -> torch.Tensor:
+def shuffle_expert_scales(scales: torch.Tensor, gate_up: bool, shape: StageShape) -> torch.Tensor:
     """One expert's group scales in stage order.
 
     Args:

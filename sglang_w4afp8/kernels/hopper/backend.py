@@ -1,0 +1,184 @@
+"""The ``hopper`` backend: our wgmma kernels for sm_90a, see :mod:`sglang_w4afp8.kernels.hopper`.
+
+The call is a ``torch.library`` op with a fake implementation, so that torch.compile and CUDA
+graphs see one opaque node. Whether the weights hold a −8 is written in their dtype after
+``prepare``: uint8 if they do, int8 if not; SGLang's expert rebalancing moves rows and keeps it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_w4afp8.errors import BackendError
+from sglang_w4afp8.kernels.base import MoEProblem, MoEWeights
+from sglang_w4afp8.kernels.hopper import build, driver, launch, plan
+from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
+from sglang_w4afp8.packing import has_minus_eight
+from sglang_w4afp8.spec import ActivationScheme
+
+_SCHEMES = (ActivationScheme.STATIC, ActivationScheme.DYNAMIC_PER_TOKEN)
+
+
+class HopperBackend:
+    """See the module."""
+
+    name = "hopper"
+
+    def supports(self, problem: MoEProblem) -> str | None:
+        """Hopper, BF16, static or per-token scales, sizes in multiples of 64."""
+        if problem.device.type != "cuda" or problem.device.capability != (9, 0):
+            return f"{problem.device.name} is not a Hopper GPU (compute capability 9.0)"
+        if problem.dtype is not torch.bfloat16:
+            return f"{problem.dtype} hidden states (bfloat16 is built)"
+        if problem.activation != "silu":
+            return f"activation {problem.activation!r} is not implemented (silu is)"
+        if problem.apply_router_weight_on_input:
+            return "router weights on the input are not implemented"
+        if problem.scheme not in _SCHEMES:
+            return f"{problem.scheme} activations ({' and '.join(_SCHEMES)} are built)"
+        return plan.why_not(
+            problem.hidden_size,
+            problem.intermediate_size,
+            problem.num_experts,
+            problem.group_size,
+            problem.w2_group_size,
+        )
+
+    def prepare(self, problem: MoEProblem, weights: MoEWeights) -> MoEWeights:
+        """Stage order, in the tensors' own storage, one expert at a time; builds the kernels.
+
+        Raises:
+            BackendError: group scales that BF16 cannot hold.
+        """
+        w13_scale, w2_scale = _as_bf16(weights.w13_scale), _as_bf16(weights.w2_scale)
+        minus_eight = any(
+            has_minus_eight(expert) for packed in (weights.w13, weights.w2) for expert in packed
+        )
+        w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
+        shuffle_in_place(w13, w13_scale, True, minus_eight)
+        shuffle_in_place(w2, w2_scale, False, minus_eight)
+        dtype = torch.uint8 if minus_eight else torch.int8
+        if weights.w13.is_cuda:
+            # A graph capture must find the kernels loaded.
+            properties = torch.cuda.get_device_properties(weights.w13.device)
+            sizes = _layer(w13, w2, w13_scale, w2_scale, problem.top_k or 8, minus_eight, False)
+            needed = plan.kernels(sizes, properties.multi_processor_count)
+            build.build_all(needed)
+            with torch.cuda.device(weights.w13.device):
+                for kernel in needed:
+                    driver.function(weights.w13.device.index or 0, kernel)
+        return weights.replaced(
+            w13=w13.view(dtype), w2=w2.view(dtype), w13_scale=w13_scale, w2_scale=w2_scale
+        )
+
+    def run(
+        self,
+        problem: MoEProblem,
+        weights: MoEWeights,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        routed_scaling_factor: float,
+    ) -> torch.Tensor:
+        """See :meth:`sglang_w4afp8.kernels.base.MoEBackend.run`."""
+        static = problem.scheme is ActivationScheme.STATIC
+        return hopper_moe(
+            x,
+            topk_weights,
+            topk_ids,
+            weights.w13,
+            weights.w13_scale,
+            weights.w2,
+            weights.w2_scale,
+            weights.w13_input_scale if static else None,
+            weights.w2_input_scale if static else None,
+            routed_scaling_factor,
+        )
+
+
+def _as_bf16(scale: torch.Tensor) -> torch.Tensor:
+    if scale.dtype is torch.bfloat16:
+        return scale.contiguous()
+    rounded = scale.to(torch.bfloat16)
+    if not torch.equal(rounded.to(scale.dtype), scale):
+        raise BackendError(
+            f"group scales in {scale.dtype}",
+            "some are no BF16 numbers, and this kernel would round them",
+            ["export SGLANG_W4AFP8_MOE_BACKEND=torch", "convert the checkpoint with BF16 scales"],
+        )
+    return rounded
+
+
+def _layer(
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    top_k: int,
+    minus_eight: bool,
+    dynamic: bool,
+) -> plan.Layer:
+    experts, hidden, half_inner = w2.shape
+    return plan.Layer(
+        experts,
+        hidden,
+        half_inner * 2,
+        hidden // w13_scale.shape[2],
+        half_inner * 2 // w2_scale.shape[2],
+        top_k,
+        minus_eight,
+        dynamic,
+    )
+
+
+@torch.library.custom_op("sglang_w4afp8::hopper_moe", mutates_args=())
+def hopper_moe(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor | None,
+    w2_input_scale: torch.Tensor | None,
+    routed_scaling_factor: float,
+) -> torch.Tensor:
+    """One MoE layer; arguments as in :class:`sglang_w4afp8.kernels.hopper.launch.Tensors`.
+
+    Returns:
+        ``(M, hidden)`` bfloat16.
+    """
+    dynamic = w13_input_scale is None
+    layer = _layer(
+        w13, w2, w13_scale, w2_scale, topk_ids.shape[1], w13.dtype is torch.uint8, dynamic
+    )
+    tensors = launch.Tensors(
+        x.contiguous(),
+        topk_weights.to(torch.float32).contiguous(),
+        topk_ids.contiguous(),
+        w13,
+        w13_scale,
+        w2,
+        w2_scale,
+        w13_input_scale,
+        w2_input_scale,
+    )
+    with torch.cuda.device(x.device):
+        return launch.run(layer, tensors, routed_scaling_factor)
+
+
+@hopper_moe.register_fake
+def _(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor | None,
+    w2_input_scale: torch.Tensor | None,
+    routed_scaling_factor: float,
+) -> torch.Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,287 @@
+"""One MoE layer on Hopper: workspace, kernel arguments, launches.
+
+:func:`run` is the whole layer for weights in stage order. Its memory comes from torch's caching
+allocator, so a CUDA graph that captures it owns what it needs and replays without allocating.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from sglang_w4afp8.kernels.hopper.driver import function
+from sglang_w4afp8.kernels.hopper.plan import Launch, Layer, Plan, plan
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class _Join(ctypes.Structure):
+    """``Join`` in units.cuh."""
+
+    _fields_ = (("partial", _P), ("unit_count", _P), ("stages_per_unit", _I))
+
+
+class _Batch(ctypes.Structure):
+    """``Batch`` in slots.cuh."""
+
+    _fields_ = (
+        ("ids", _P), ("tokens", _I), ("top_k", _I), ("experts", _I), ("ids_are_64", _I),
+    )  # fmt: skip
+
+
+class _RouteParams(ctypes.Structure):
+    """``RouteParams`` in route.cu."""
+
+    _fields_ = (
+        ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("header", _P),
+        ("tiles", _P), ("sorted", _P), ("pairs", _I), ("hidden", _I), ("experts", _I),
+        ("tile_tokens", _I), ("ids_are_64", _I),
+    )  # fmt: skip
+
+
+class _GemmParams(ctypes.Structure):
+    """``GemmParams`` in gemm.cu."""
+
+    _fields_ = (
+        ("w", _P), ("scales", _P), ("b", _P), ("header", _P), ("tiles", _P), ("sorted", _P),
+        ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
+        ("y", _P), ("join", _Join), ("tile_count", _P), ("rows", _I), ("k", _I), ("blocks", _I),
+        ("top_k", _I), ("ring", _I), ("dynamic", _I),
+    )  # fmt: skip
+
+
+class _CombineParams(ctypes.Structure):
+    """``CombineParams`` in combine.cu."""
+
+    _fields_ = (
+        ("y", _P), ("weights", _P), ("ids", _P), ("out", _P), ("factor", _F), ("hidden", _I),
+        ("top_k", _I), ("experts", _I), ("ids_are_64", _I),
+    )  # fmt: skip
+
+
+class _SmallUpParams(ctypes.Structure):
+    """``SmallUpParams`` in small_up.cu."""
+
+    _fields_ = (
+        ("w", _P), ("scales", _P), ("x", _P), ("a_scale", _P), ("q_scale", _P), ("q", _P),
+        ("q_row_scale", _P), ("inner", _P), ("join", _Join), ("slot_count", _P),
+        ("batch", _Batch), ("rows", _I), ("k", _I), ("blocks", _I), ("ring", _I),
+        ("dynamic", _I),
+    )  # fmt: skip
+
+
+class _SmallDownParams(ctypes.Structure):
+    """``SmallDownParams`` in small_down.cu."""
+
+    _fields_ = (
+        ("w", _P), ("scales", _P), ("b", _P), ("b_scale", _P), ("weights", _P), ("out", _P),
+        ("batch", _Batch), ("factor", _F), ("rows", _I), ("ring", _I), ("dynamic", _I),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The arguments of a call that are tensors.
+
+    Attributes:
+        x: ``(M, hidden)`` bfloat16, contiguous.
+        topk_weights: ``(M, top_k)`` float32, contiguous.
+        topk_ids: ``(M, top_k)`` int32 or int64, contiguous; ids outside 0 … E − 1 are skipped.
+        w13: ``(E, 2N, hidden/2)`` bytes in stage order.
+        w13_scale: ``(E, 2N, hidden/group)`` bfloat16 in stage order.
+        w2: ``(E, hidden, N/2)`` bytes in stage order.
+        w2_scale: ``(E, hidden, N/inner_group)`` bfloat16 in stage order.
+        w13_input_scale: ``(1,)`` float32, or None for per-token scales.
+        w2_input_scale: likewise.
+    """
+
+    x: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    w13: torch.Tensor
+    w13_scale: torch.Tensor
+    w2: torch.Tensor
+    w2_scale: torch.Tensor
+    w13_input_scale: torch.Tensor | None
+    w2_input_scale: torch.Tensor | None
+
+
+class _Workspace:
+    """Parts of one allocation, each at a multiple of 256 bytes."""
+
+    def __init__(self, device: torch.device, sizes: dict[str, int]) -> None:
+        offsets, total = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = total
+            total += -(-size // 256) * 256
+        self._memory = torch.empty(total, dtype=torch.uint8, device=device)
+        base = self._memory.data_ptr()
+        self.at = {name: base + offset for name, offset in offsets.items()}
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _zeroed_counters(device: torch.device, stream: int, count: int) -> int:
+    """Address of ``count`` int32 zeros. Kernels leave them zero; streams do not share them."""
+    key = (device.index or 0, stream)
+    if key not in _counters or _counters[key].numel() < count:
+        # The old tensor stays alive inside graphs that captured its address.
+        size = max(count, 1 << 16)
+        _retired.append(_counters.get(key))
+        _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return _counters[key].data_ptr()
+
+
+_retired: list[torch.Tensor | None] = []
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _partial_bytes(launch: Launch) -> int:
+    # 2 pieces per CTA, 2 warpgroups, columns / 2 accumulators, 128 threads, FP32
+    return launch.grid[0] * 2 * 2 * (launch.tokens // 2) * 128 * 4
+
+
+def launches(
+    layer: Layer, t: Tensors, out: torch.Tensor, factor: float, path: str | None = None
+) -> list[tuple[Launch, ctypes.Structure]]:
+    """The launches of a call with their arguments, in order. They share one workspace.
+
+    Args:
+        layer: the sizes; ``dynamic`` must agree with the input scales in ``t``.
+        t: the tensors, M at least 1.
+        out: ``(M, hidden)`` bfloat16, written.
+        factor: ``routed_scaling_factor``.
+        path: see :func:`sglang_w4afp8.kernels.hopper.plan.plan`.
+    """
+    device = t.x.device
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    chosen = plan(layer, t.x.shape[0], sms, path)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    fill = _small if chosen.path == "small" else _large
+    return fill(layer, chosen, t, out, factor, stream)
+
+
+def start(
+    work: list[tuple[Launch, ctypes.Structure]], device: torch.device, first_depends: bool = False
+) -> None:
+    """Make the launches on the current stream.
+
+    Args:
+        work: what :func:`launches` returned.
+        device: of the tensors; must be the current one.
+        first_depends: let the first kernel, too, start before the one in front of it has ended.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for number, (launch, parameters) in enumerate(work):
+        dependent = number > 0 or first_depends
+        function(device.index or 0, launch.kernel).launch(launch, parameters, stream, dependent)
+
+
+def run(layer: Layer, t: Tensors, factor: float, path: str | None = None) -> torch.Tensor:
+    """The layer's output, ``(M, hidden)`` bfloat16; arguments as for :func:`launches`."""
+    out = torch.empty_like(t.x)
+    if t.x.shape[0]:
+        start(launches(layer, t, out, factor, path), t.x.device, first_depends=True)
+    return out
+
+
+def _small(
+    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float, stream: int
+) -> list[tuple[Launch, ctypes.Structure]]:
+    up, down = chosen.launches
+    rows = chosen.tiles * up.tokens
+    space = _Workspace(
+        t.x.device,
+        {
+            "q": rows * layer.inner,
+            "row_scale": rows * 4,
+            "inner": rows * layer.inner * 4 if layer.dynamic else 0,
+            "partial": _partial_bytes(up),
+        },
+    )
+    counts = _zeroed_counters(t.x.device, stream, chosen.units * 2 + chosen.tiles)
+    at = space.at
+    batch = _Batch(
+        t.topk_ids.data_ptr(),
+        t.x.shape[0],
+        layer.top_k,
+        layer.experts,
+        int(t.topk_ids.dtype == torch.int64),
+    )
+    up_parameters = _SmallUpParams(
+        t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), _pointer(t.w13_input_scale),
+        _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
+        _Join(at["partial"], counts, layer.up.stages_per_unit), counts + chosen.units * 8, batch,
+        2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
+    )  # fmt: skip
+    down_parameters = _SmallDownParams(
+        t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"],
+        at["row_scale"] if layer.dynamic else _pointer(t.w2_input_scale),
+        t.topk_weights.data_ptr(), out.data_ptr(), batch, factor, layer.hidden, down.ring,
+        int(layer.dynamic),
+    )  # fmt: skip
+    up_parameters.workspace = space  # lives as long as the launches may be made
+    return [(up, up_parameters), (down, down_parameters)]
+
+
+def _large(
+    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float, stream: int
+) -> list[tuple[Launch, ctypes.Structure]]:
+    route, up, down, combine = chosen.launches
+    tokens = t.x.shape[0]
+    pairs = tokens * layer.top_k
+    ids, ids_are_64 = t.topk_ids.data_ptr(), int(t.topk_ids.dtype == torch.int64)
+    space = _Workspace(
+        t.x.device,
+        {
+            "header": 16,
+            "tiles": chosen.tiles * 16,
+            "sorted": pairs * 4,
+            "xq": tokens * layer.hidden,
+            "x_scale": tokens * 4,
+            "q": pairs * layer.inner,
+            "row_scale": pairs * 4,
+            "inner": pairs * layer.inner * 4 if layer.dynamic else 0,
+            "y": pairs * layer.hidden * 2,
+            "partial": _partial_bytes(up),
+        },
+    )
+    counts = _zeroed_counters(t.x.device, stream, chosen.units * 2 + chosen.tiles)
+    at = space.at
+    lists = (at["header"], at["tiles"], at["sorted"])
+    join = _Join(at["partial"], counts, layer.up.stages_per_unit)
+    dynamic = int(layer.dynamic)
+    route_parameters = _RouteParams(
+        t.x.data_ptr(), ids, at["xq"], at["x_scale"], _pointer(t.w13_input_scale), *lists, pairs,
+        layer.hidden, layer.experts, up.tokens, ids_are_64,
+    )  # fmt: skip
+    up_parameters = _GemmParams(
+        t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], *lists, at["x_scale"],
+        _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"], None, join,
+        counts + chosen.units * 8, 2 * layer.inner, layer.hidden, layer.up.blocks, layer.top_k,
+        up.ring, dynamic,
+    )  # fmt: skip
+    down_join = _Join(None, None, layer.down.stages_per_unit)
+    down_parameters = _GemmParams(
+        t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], *lists,
+        at["row_scale"] if dynamic else _pointer(t.w2_input_scale), None, None, None, None,
+        at["y"], down_join, None, layer.hidden, layer.inner, layer.down.blocks, layer.top_k,
+        down.ring, dynamic,
+    )  # fmt: skip
+    combine_parameters = _CombineParams(
+        at["y"], t.topk_weights.data_ptr(), ids, out.data_ptr(), factor, layer.hidden,
+        layer.top_k, layer.experts, ids_are_64,
+    )  # fmt: skip
+    route_parameters.workspace = space  # lives as long as the launches may be made
+    return [
+        (route, route_parameters),
+        (up, up_parameters),
+        (down, down_parameters),
+        (combine, combine_parameters),
+    ]

@@ -1,0 +1,291 @@
+"""Which Hopper kernels run a call, with what grid and shared memory. Integers only, no GPU.
+
+Two paths, chosen by the number of tokens alone, since nothing may wait for the routing:
+
+* ``small``, two launches. Every token is a column for every expert; a CTA quantises the tokens
+  itself and keeps them in shared memory. The second kernel owns 64 output rows for all experts, so
+  it also adds the experts up.
+* ``large``, four launches: token lists and FP8 of x; gate and up; down; sum over experts.
+
+The stages of all work units of gate and up form one list that is dealt out in equal runs, so that
+each CTA streams the same number of bytes whatever the routing is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_w4afp8.kernels.hopper.layout import StageShape
+
+SM_SHARED_BYTES = 233_472
+"""Shared memory of a Hopper SM; each resident CTA takes 1 KB more than it asks for."""
+CTA_SHARED_BYTES = 232_448
+CONSUMERS = 256
+THREADS = CONSUMERS + 32
+BARRIER_BYTES = 16
+
+SMALL_TOKENS = 8
+MAX_SMALL_TOP_K = 16
+MAX_EXPERTS = 512
+TILE_TOKENS = (8, 16, 32, 64)
+ROUTE_THREADS = 512
+COMBINE_THREADS = 128
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes of one rank's layer.
+
+    Attributes:
+        experts: E.
+        hidden: K of gate and up, rows of down.
+        inner: N of this rank: half the rows of w13, K of w2.
+        group: INT4 codes per scale of w13.
+        inner_group: of w2.
+        top_k: experts per token.
+        minus_eight: whether a weight is −8.
+        dynamic: per-token activation scales instead of one static scale per projection.
+    """
+
+    experts: int
+    hidden: int
+    inner: int
+    group: int
+    inner_group: int
+    top_k: int
+    minus_eight: bool
+    dynamic: bool
+
+    @property
+    def up(self) -> StageShape:
+        """Cut of w13."""
+        return StageShape.of(2 * self.inner, self.hidden)
+
+    @property
+    def down(self) -> StageShape:
+        """Cut of w2."""
+        return StageShape.of(self.hidden, self.inner)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compilation: a file of ``csrc/``, its entry and its macros."""
+
+    source: str
+    entry: str
+    defines: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: what runs.
+        grid: CTAs.
+        threads: per CTA.
+        shared_bytes: dynamic shared memory.
+        ring: stages in flight per CTA, 0 where there is no ring.
+        tokens: columns of a tile, 0 where there are none.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int = 0
+    ring: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a call, in order, and the sizes of their workspace.
+
+    Attributes:
+        path: ``small`` or ``large``.
+        launches: in stream order.
+        units: most work units that ``unit_count`` counts.
+        tiles: most token tiles (large) or slots (small).
+    """
+
+    path: str
+    launches: tuple[Launch, ...]
+    units: int
+    tiles: int
+
+
+ROUTE = Kernel("route.cu", "w4a8_route")
+COMBINE = Kernel("combine.cu", "w4a8_combine")
+
+
+def why_not(hidden: int, inner: int, experts: int, group: int, inner_group: int) -> str | None:
+    """Why these kernels cannot run a layer of these sizes, as half a sentence, or None."""
+    if experts > MAX_EXPERTS:
+        return f"{experts} experts on one rank (at most {MAX_EXPERTS})"
+    for name, size in (("hidden size", hidden), ("intermediate size of this rank", inner)):
+        if size % 64:
+            return f"{name} {size} is not a multiple of 64"
+    for name, size, k in (("group", group, hidden), ("w2 group", inner_group, inner)):
+        if size not in (32, 64, 128):
+            return f"{name} of {size} (32, 64 and 128 are built)"
+        stage_k = StageShape.of(64, k).stage_k
+        if stage_k % size:
+            return f"{name} of {size} does not divide a stage of {stage_k} columns"
+    return None
+
+
+def _matrix_kernel(
+    layer: Layer, source: str, entry: str, up: bool, tokens: int, **more: int
+) -> Kernel:
+    shape = layer.up if up else layer.down
+    defines = {
+        "W4_K": shape.stage_k,
+        "W4_TOKENS": tokens,
+        "W4_GROUP": layer.group if up else layer.inner_group,
+        "W4_MINUS_EIGHT": int(layer.minus_eight),
+        **more,
+    }
+    return Kernel(source, entry, tuple(defines.items()))
+
+
+def stage_bytes(shape: StageShape, group: int, token_bytes: int) -> int:
+    """Shared memory of one full stage: weights, scales and ``token_bytes`` of tokens."""
+    rows = 2 * shape.tiles * 64
+    return rows * shape.stage_k // 2 + rows * (shape.stage_k // group) * 2 + token_bytes
+
+
+def _tile_tokens(layer: Layer, tokens: int) -> int:
+    """Columns per tile: wide enough that few experts need a second tile, which reads weights again.
+
+    With routing spread evenly the tokens of an expert are about Poisson; at the thresholds about
+    one expert in fifty overflows.
+    """
+    mean = tokens * layer.top_k / layer.experts
+    for size, most in zip(TILE_TOKENS[:-1], (4.0, 9.0, 22.0), strict=True):
+        if mean <= most:
+            return size
+    return TILE_TOKENS[-1]
+
+
+def _small(layer: Layer, tokens: int, sms: int) -> Plan | None:
+    columns = 8 if tokens <= 8 else 16
+    pairs = tokens * layer.top_k
+    up, down = layer.up, layer.down
+    if tokens > 16 or layer.top_k > MAX_SMALL_TOP_K or down.stages_per_unit > 1:
+        return None
+    up_stage = stage_bytes(up, layer.group, 0)
+    down_tokens = 2 * down.tiles * columns * down.stage_k
+    down_stage = stage_bytes(down, layer.inner_group, down_tokens)
+    # With 8 columns both kernels fit on an SM together, so that the second fills its ring while the
+    # first runs. What is taken off is room for their static tables and the driver's 1 KB.
+    down_ring = 4
+    room = CTA_SHARED_BYTES - 4_096
+    if columns == 8:
+        room = SM_SHARED_BYTES - 12_288 - down_ring * (down_stage + BARRIER_BYTES)
+    up_ring = min(6, (room - columns * layer.hidden) // (up_stage + BARRIER_BYTES))
+    if up_ring < 3:
+        return None
+    slots = min(pairs, layer.experts)
+    up_kernel = _matrix_kernel(layer, "small_up.cu", "w4a8_small_up", True, columns)
+    down_kernel = _matrix_kernel(
+        layer, "small_down.cu", "w4a8_small_down", False, columns, W4_TILES=down.tiles
+    )
+    return Plan(
+        "small",
+        (
+            Launch(
+                up_kernel,
+                (sms, 1),
+                THREADS,
+                columns * layer.hidden + up_ring * (up_stage + BARRIER_BYTES),
+                up_ring,
+                columns,
+            ),
+            Launch(
+                down_kernel,
+                (layer.hidden // 64, 1),
+                THREADS,
+                down_ring * (down_stage + BARRIER_BYTES),
+                down_ring,
+                columns,
+            ),
+        ),
+        slots * up.blocks,
+        slots,
+    )
+
+
+def _large(layer: Layer, tokens: int, sms: int) -> Plan:
+    columns = _tile_tokens(layer, tokens)
+    # The register files hold two CTAs of the narrow kernels.
+    per_sm = 2 if columns <= 16 else 1
+    most = min(CTA_SHARED_BYTES, SM_SHARED_BYTES // per_sm - 1024) - 1024
+    matrix = []
+    for up in (True, False):
+        shape = layer.up if up else layer.down
+        stage = stage_bytes(
+            shape, layer.group if up else layer.inner_group, columns * shape.stage_k
+        )
+        ring = min(5 if per_sm == 2 else 8, most // (stage + BARRIER_BYTES))
+        kernel = _matrix_kernel(
+            layer,
+            "gemm.cu",
+            "w4a8_gemm",
+            up,
+            columns,
+            W4_UP=int(up),
+            W4_TILES=shape.tiles,
+        )
+        shared = ring * (stage + BARRIER_BYTES)
+        matrix.append(Launch(kernel, (sms * per_sm, 1), THREADS, shared, ring, columns))
+    pairs = tokens * layer.top_k
+    tiles = min(pairs, layer.experts + pairs // columns)
+    vectors = -(-layer.hidden // (COMBINE_THREADS * 8))
+    return Plan(
+        "large",
+        (
+            Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS),
+            *matrix,
+            Launch(COMBINE, (tokens, vectors), COMBINE_THREADS),
+        ),
+        tiles * layer.up.blocks,
+        tiles,
+    )
+
+
+def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
+    """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
+
+    Args:
+        layer: the sizes.
+        tokens: M, at least 1.
+        sms: multiprocessors.
+        path: forces ``small`` (if it can run the call) or ``large``; for tests and the bench.
+    """
+    small = None
+    if path == "small" or (path is None and tokens <= SMALL_TOKENS):
+        small = _small(layer, tokens, sms)
+    return small or _large(layer, tokens, sms)
+
+
+def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
+    """Every kernel that some number of tokens needs, for building before a graph is captured."""
+    found: dict[Kernel, None] = {}
+    tokens = 1
+    while tokens <= 1 << 20:
+        for path in ("small", "large"):
+            for launch in plan(layer, tokens, sms, path).launches:
+                found[launch.kernel] = None
+        tokens *= 2
+    return tuple(found)
+
+
+def run_start(total: int, cta: int, ctas: int) -> int:
+    """First stage of a CTA's run, as ``run_start`` in units.cuh."""
+    return total * cta // ctas
+
+
+def owners(total: int, ctas: int, unit: int, stages_per_unit: int) -> tuple[int, int]:
+    """First and last CTA that work on a unit, as in ``join_parts`` in units.cuh."""
+    begin = unit * stages_per_unit
+    return ((begin + 1) * ctas - 1) // total, ((begin + stages_per_unit) * ctas - 1) // total

@@ -1,0 +1,78 @@
+"""The launch arithmetic of the Hopper kernels: every stage once, every limit kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_w4afp8.kernels.hopper import plan
+from sglang_w4afp8.kernels.hopper.plan import Layer
+
+R1 = [
+    Layer(256, 7168, 256, 128, 128, 8, False, False),
+    Layer(256, 7168, 128, 128, 128, 8, False, True),
+    Layer(256, 7168, 64, 128, 64, 8, True, False),
+    Layer(32, 7168, 2048, 128, 128, 8, False, False),
+    Layer(128, 4096, 192, 128, 64, 8, False, False),
+]
+
+
+@pytest.mark.parametrize("layer", R1, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 9, 16, 64, 256, 1000, 16384])
+def test_launches_fit_the_hardware(layer: Layer, tokens: int) -> None:
+    for path in (None, "small", "large"):
+        chosen = plan.plan(layer, tokens, 132, path)
+        assert len(chosen.launches) <= 4
+        for launch in chosen.launches:
+            assert 0 < launch.shared_bytes + 16_384 < plan.CTA_SHARED_BYTES or not launch.ring
+            assert launch.shared_bytes + 1024 <= plan.CTA_SHARED_BYTES
+            assert launch.ring == 0 or launch.ring >= 3
+            assert launch.grid[1] <= 65_535
+        if chosen.path == "large":
+            up = chosen.launches[1]
+            per_sm = up.grid[0] // 132
+            assert per_sm * (up.shared_bytes + 2048) <= plan.SM_SHARED_BYTES
+
+
+@pytest.mark.parametrize("total", [1, 5, 131, 132, 133, 896, 6384, 17920])
+@pytest.mark.parametrize("per_unit", [1, 3, 28])
+def test_owners_are_those_whose_runs_meet_the_unit(total: int, per_unit: int) -> None:
+    total *= per_unit
+    ctas = min(264, total)
+    runs = [
+        (plan.run_start(total, cta, ctas), plan.run_start(total, cta + 1, ctas))
+        for cta in range(ctas)
+    ]
+    assert runs[0][0] == 0 and runs[-1][1] == total
+    assert all(begin < end for begin, end in runs), "a CTA without work would be waited for"
+    assert max(e - b for b, e in runs) - min(e - b for b, e in runs) <= 1
+    for unit in range(total // per_unit):
+        begin, end = unit * per_unit, (unit + 1) * per_unit
+        meet = [cta for cta, run in enumerate(runs) if run[0] < end and run[1] > begin]
+        assert (meet[0], meet[-1]) == plan.owners(total, ctas, unit, per_unit)
+        # Slot 1 of the partial sums is for a run that contains the unit's first stage; a CTA needs
+        # one of each at most.
+        for cta in meet:
+            assert (runs[cta][0] <= begin) == (cta == meet[0])
+
+
+def test_every_kernel_of_a_plan_is_built_ahead() -> None:
+    for layer in R1:
+        ahead = set(plan.kernels(layer, 132))
+        for tokens in range(1, 2000, 7):
+            assert {launch.kernel for launch in plan.plan(layer, tokens, 132).launches} <= ahead
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((7168, 256, 256, 128, 128), None),
+        ((7168, 64, 256, 128, 64), None),
+        ((7168, 96, 256, 128, 32), "intermediate size of this rank 96"),
+        ((7168, 256, 600, 128, 128), "600 experts"),
+        ((7168, 192, 64, 128, 128), "w2 group of 128 does not divide"),
+        ((7168, 256, 64, 16, 128), "group of 16"),
+    ],
+)
+def test_reasons(sizes: tuple[int, int, int, int, int], reason: str | None) -> None:
+    found = plan.why_not(*sizes)
+    assert (found is None) if reason is None else (found is not None and reason in found)
