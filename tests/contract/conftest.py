@@ -75,7 +75,9 @@ def fresh(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         clean = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("SGLANG_", "_SGLANG_")) and name != "PYTHONPATH"
+            if not name.startswith(("SGLANG_", "_SGLANG_"))
+            # Without byte code every process would compile SGLang anew, half a minute each.
+            and name not in ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
         }
         return subprocess.run(
             [sys.executable, *(args or [str(script)])],
