@@ -11,21 +11,22 @@ columns by the same division and rounds down, so a rank gets too few of them, or
       codes   | rank 0: 0…63 | rank 1: 64…127 | rank 2: 128… | …
       scales  |        column 0               |      column 1       16 // 32 = 0 each
 
-    Qwen3-235B, tp 8     1536 / 8 = 192 columns a rank
+    Qwen3-235B, tp 8       1536 / 8 = 192 columns a rank, group 128
       codes   | rank 0: 0…191          | rank 1: 192…383       | …
-      scales  | col 0   | col 1        | col 1 | col 2         |    12 // 8 = 1 column each
+      scales  | col 0   | col 1        | col 1 | col 2         |    12 // 8 = 1 each
 
 The rule
 --------
 Rank r owns elements ``start … start + size − 1`` with ``start = r · size``. The scale of its local
-element j is column ``(start + j) // group``. Those columns, one per element, are constant over runs
-of ``local_group = gcd(size, group)`` elements: ``local_group`` divides ``group`` and every
-``start`` that is a multiple of ``size``, so no run crosses a group's edge. A rank therefore holds an ordinary
-grouped matrix whose group is ``local_group``, whose scale column c is the checkpoint's column
-``(start + c · local_group) // group``. Nothing is rounded and no value changes: put together, the
-ranks' dequantised shards are the dequantised whole, bit for bit. 64 of 2048 at tp 32: local group
-64, ranks 2i and 2i+1 hold the same column. 192 of 1536 at tp 8: local group 64, rank 1 holds
-columns 1, 2, 2. When the shard is a multiple of the group the local group is the group.
+element j is column ``(start + j) // group``. Those columns, one per element, are constant over
+runs of ``local_group = gcd(size, group)`` elements: ``local_group`` divides ``group`` and every
+``start`` that is a multiple of ``size``, so no run crosses a group's edge. A rank therefore holds
+an ordinary grouped matrix whose group is ``local_group`` and whose scale column c is the
+checkpoint's column ``(start + c · local_group) // group``. Nothing is rounded and no value
+changes: put together, the ranks' dequantised shards are the dequantised whole, bit for bit. 64 of
+2048 at tp 32: local group 64, ranks 2i and 2i+1 hold the same column. 192 of 1536 at tp 8: local
+group 64, rank 1 holds columns 1, 2, 2. When the shard is a multiple of the group the local group
+is the group.
 
 A kernel that only knows the checkpoint's group (CUTLASS: 128) can have :meth:`AxisShard.aligned`
 instead: the same elements inside the smallest group-aligned window around them, zero codes at both

@@ -2,8 +2,9 @@
 
 It subclasses upstream's ``W4AFp8Config`` because SGLang tests for that class (DeepEP) and for the
 name. It reads what upstream drops from the checkpoint's config, as a
-:class:`~sglang_w4afp8.spec.QuantSpec`, and hands out one method per layer. Mirrors ``layers/quantization/w4afp8.py`` of SGLang 0.5.16 …
-0.5.23; SGLang builds it with no arguments when the checkpoint has only ``hf_quant_config.json``.
+:class:`~sglang_w4afp8.spec.QuantSpec`, and hands out one method per layer. Mirrors
+``layers/quantization/w4afp8.py`` of SGLang 0.5.16 … 0.5.23; SGLang builds it with no arguments
+when the checkpoint has only ``hf_quant_config.json``.
 """
 
 from __future__ import annotations
