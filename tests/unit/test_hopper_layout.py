@@ -1,8 +1,8 @@
 """The Hopper weight order, read back the way the kernel reads it.
 
-The emulation below follows ``csrc/``: addresses of stages, of a thread's 16 bytes, the decoding of a
-word, and the place of an A operand's registers in a 64×32 tile (PTX ISA, wgmma m64k32, 8-bit types).
-It knows nothing of :mod:`sglang_w4afp8.kernels.hopper.layout` but the cut into stages.
+The emulation below follows ``csrc/``: addresses of stages, of a thread's 16 bytes, the decoding of
+a word, and the place of an A operand's registers in a 64×32 tile (PTX ISA, wgmma m64k32, 8-bit
+types). It knows nothing of :mod:`sglang_w4afp8.kernels.hopper.layout` but the cut into stages.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ def test_launches_fit_the_hardware(layer: Layer, tokens: int) -> None:
         chosen = plan.plan(layer, tokens, 132, path)
         assert len(chosen.launches) <= 4
         for launch in chosen.launches:
-            assert 0 < launch.shared_bytes + 16_384 < plan.CTA_SHARED_BYTES or not launch.ring
-            assert launch.shared_bytes + 1024 <= plan.CTA_SHARED_BYTES
+            # Static tables of the kernels take up to 6 KB more, 23 KB in small_down.cu.
+            static = 23_552 if launch.kernel.source == "small_down.cu" else 6_144
+            assert launch.shared_bytes + static <= plan.CTA_SHARED_BYTES
             assert launch.ring == 0 or launch.ring >= 3
             assert launch.grid[1] <= 65_535
         if chosen.path == "large":

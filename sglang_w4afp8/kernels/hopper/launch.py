@@ -121,21 +121,27 @@ class _Workspace:
         self.at = {name: base + offset for name, offset in offsets.items()}
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[int, torch.Tensor] = {}
+_retired: list[torch.Tensor] = []
 
 
-def _zeroed_counters(device: torch.device, stream: int, count: int) -> int:
-    """Address of ``count`` int32 zeros. Kernels leave them zero; streams do not share them."""
-    key = (device.index or 0, stream)
-    if key not in _counters or _counters[key].numel() < count:
-        # The old tensor stays alive inside graphs that captured its address.
-        size = max(count, 1 << 16)
-        _retired.append(_counters.get(key))
-        _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return _counters[key].data_ptr()
+def counters(device: torch.device, count: int = 1 << 16) -> int:
+    """Address of at least ``count`` int32 zeros, one buffer per device.
 
-
-_retired: list[torch.Tensor | None] = []
+    Kernels count arrivals in it and leave it zero. Two layers must therefore not run at the same
+    time on two streams of a device. It must exist before a graph is captured, which a backend's
+    ``prepare`` sees to.
+    """
+    index = device.index or 0
+    held = _counters.get(index)
+    if held is None or held.numel() < count:
+        assert not torch.cuda.is_current_stream_capturing(), "counters must exist before a capture"
+        if held is not None:
+            _retired.append(held)  # graphs may have captured its address
+        held = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+        torch.cuda.current_stream(device).synchronize()
+        _counters[index] = held
+    return held.data_ptr()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
@@ -162,9 +168,8 @@ def launches(
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     chosen = plan(layer, t.x.shape[0], sms, path)
-    stream = torch.cuda.current_stream(device).cuda_stream
     fill = _small if chosen.path == "small" else _large
-    return fill(layer, chosen, t, out, factor, stream)
+    return fill(layer, chosen, t, out, factor)
 
 
 def start(
@@ -192,7 +197,7 @@ def run(layer: Layer, t: Tensors, factor: float, path: str | None = None) -> tor
 
 
 def _small(
-    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float, stream: int
+    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float
 ) -> list[tuple[Launch, ctypes.Structure]]:
     up, down = chosen.launches
     rows = chosen.tiles * up.tokens
@@ -205,7 +210,7 @@ def _small(
             "partial": _partial_bytes(up),
         },
     )
-    counts = _zeroed_counters(t.x.device, stream, chosen.units * 2 + chosen.tiles)
+    counts = counters(t.x.device, chosen.units * 2 + chosen.tiles)
     at = space.at
     batch = _Batch(
         t.topk_ids.data_ptr(),
@@ -231,7 +236,7 @@ def _small(
 
 
 def _large(
-    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float, stream: int
+    layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float
 ) -> list[tuple[Launch, ctypes.Structure]]:
     route, up, down, combine = chosen.launches
     tokens = t.x.shape[0]
@@ -252,7 +257,7 @@ def _large(
             "partial": _partial_bytes(up),
         },
     )
-    counts = _zeroed_counters(t.x.device, stream, chosen.units * 2 + chosen.tiles)
+    counts = counters(t.x.device, chosen.units * 2 + chosen.tiles)
     at = space.at
     lists = (at["header"], at["tiles"], at["sorted"])
     join = _Join(at["partial"], counts, layer.up.stages_per_unit)

@@ -1,0 +1,123 @@
+"""Where a layer's time goes: each launch of the Hopper kernels alone, and whole-layer variants.
+
+    python benchmarks/hopper_parts.py --shape r1-tp8 r1-tp16 --tokens 1 16 64 --json parts.json
+
+"alone" repeats one launch with all arguments of a completed call, without the others around it and
+without early start, so parts add up to more than the layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_w4afp8.kernels.hopper import launch
+from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
+from sglang_w4afp8.kernels.hopper.plan import Layer
+from sglang_w4afp8.spec import ActivationScheme
+from sglang_w4afp8.tools import bench_moe
+
+
+def _measure(shape: bench_moe.Shape, tokens: int, path: str, dynamic: bool) -> dict[str, Any]:
+    scheme = ActivationScheme.DYNAMIC_PER_TOKEN if dynamic else ActivationScheme.STATIC
+    layer = Layer(
+        shape.experts, shape.hidden, shape.inner, shape.group, shape.inner_group, shape.top_k,
+        False, dynamic,
+    )  # fmt: skip
+    weights, wanted = [], []
+    count = bench_moe.call_count(shape, tokens)
+    calls = bench_moe.random_calls(shape, tokens, "uniform", count, seed=tokens)
+    for seed in range(2):
+        loaded = _weights(shape, scheme, seed)
+        wanted.append(bench_moe.oracle(loaded[0], calls[seed], scheme))
+        weights.append(loaded[1])
+    work, outs = [], []
+    for number, call in enumerate(calls):
+        w = weights[number % 2]
+        tensors = launch.Tensors(
+            call.x, call.topk_weights, call.topk_ids, w.w13, w.w13_scale, w.w2, w.w2_scale,
+            w.w13_input_scale, w.w2_input_scale,
+        )  # fmt: skip
+        outs.append(torch.full_like(call.x, float("nan")))
+        work.append(launch.launches(layer, tensors, outs[-1], 1.0, path))
+    device = calls[0].x.device
+
+    def whole(first_depends: bool) -> None:
+        for launches in work:
+            launch.start(launches, device, first_depends)
+
+    whole(False)
+    error = max(bench_moe.relative_error(outs[i], wanted[i]) for i in range(2))
+    row: dict[str, Any] = {"shape": shape.name, "m": tokens, "path": path, "error": error}
+    row["dynamic"] = dynamic
+    if not error < 1e-2:
+        return row
+    row["layer_us"] = _median(lambda: whole(False), count)
+    row["chained_us"] = _median(lambda: whole(True), count)
+    for number, (part, _) in enumerate(work[0]):
+        name = f"{number}:{part.kernel.entry}"
+        row[name] = _median(
+            lambda n=number: [launch.start([item[n]], device) for item in work], count
+        )
+    return row
+
+
+def _median(body: Any, count: int) -> float:
+    return bench_moe.spread(bench_moe.graph_times_us(body, count, 7))[0]
+
+
+_kept: dict[tuple[str, ActivationScheme, int], tuple[Any, Any]] = {}
+
+
+def _weights(shape: bench_moe.Shape, scheme: ActivationScheme, seed: int) -> tuple[Any, Any]:
+    key = (shape.name, scheme, seed)
+    if key not in _kept:
+        for old in [k for k in _kept if k[:2] != key[:2]]:
+            del _kept[old]
+        loaded = bench_moe.random_weights(shape, scheme, seed)
+        ready = bench_moe.private_copy(loaded)
+        shuffle_in_place(ready.w13, ready.w13_scale, True, False)
+        shuffle_in_place(ready.w2, ready.w2_scale, False, False)
+        _kept[key] = (loaded, ready)
+    return _kept[key]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", default=["r1-tp8", "r1-tp16", "r1-tp32"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
+    parser.add_argument("--path", nargs="+", default=["small", "large"])
+    parser.add_argument("--dynamic", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in options.shape:
+        for tokens in options.tokens:
+            for path in options.path:
+                if path == "small" and tokens > 16:
+                    continue
+                row = _measure(bench_moe.SHAPES[name], tokens, path, options.dynamic)
+                rows.append(row)
+                print(
+                    " ".join(
+                        f"{k}={v:.3g}"
+                        if k == "error"
+                        else f"{k}={v:.1f}"
+                        if isinstance(v, float)
+                        else f"{k}={v}"
+                        for k, v in row.items()
+                    ),
+                    flush=True,
+                )
+                if options.json:
+                    text = {"device": torch.cuda.get_device_name(), "rows": rows}
+                    options.json.write_text(json.dumps(text, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

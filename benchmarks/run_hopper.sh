@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Correctness first, then timings, each step with its own limit; a step that fails does not stop the
+# next. Usage: benchmarks/run_hopper.sh OUTPUT_FOLDER [COMMIT]
+out=${1:?output folder}; commit=${2:-unknown}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD" SGLANG_W4AFP8_CACHE_DIR="$PWD/build/cache"
+step() {  # name, seconds, command...
+  local name=$1 limit=$2; shift 2
+  local begin=$SECONDS
+  timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1
+  echo "== $name: exit $? after $((SECONDS - begin)) s"
+}
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+step smoke 60 python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_hopper_moe.py \
+  -k "Case0 or experts=16-hidden=1024-inner=256-group=128-inner_group=128-top_k=4-minus_eight=False-dynamic=False or one_hot"
+tail -n 30 "$out/smoke.txt"
+step tests 150 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_hopper_moe.py
+tail -n 40 "$out/tests.txt"
+step parts 150 python3 benchmarks/hopper_parts.py --json "$out/parts.json"
+cat "$out/parts.txt" | tail -n 60
+step bench 120 python3 -m sglang_w4afp8.tools.bench moe --shape r1-tp8 r1-tp16 r1-tp32 \
+  --tokens 1 2 4 8 16 32 64 128 256 --provider ours --json "$out/bench.json" --commit "$commit"
+tail -n 40 "$out/bench.txt"
