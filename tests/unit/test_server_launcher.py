@@ -16,12 +16,15 @@ from sglang_w4afp8.testing import server as launcher
 # Takes SGLang's arguments, answers two endpoints, and has a child like a rank.
 FAKE = """\
 #!{python}
-import json, os, subprocess, sys, http.server
+import json, mmap, os, subprocess, sys, http.server
 args = sys.argv[1:]
 print("arguments", json.dumps(args), "platform", os.environ.get("SGLANG_PLATFORM"), flush=True)
 if "--fail" in args:
     print("the reason why", flush=True)
     sys.exit(3)
+segment = open("/dev/shm/sgl_w4afp8_test_%d" % os.getpid(), "wb+")
+segment.truncate(4096)
+mapped = mmap.mmap(segment.fileno(), 4096)
 child = subprocess.Popen(["sleep", "600"])
 print("child", child.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -90,7 +93,10 @@ def test_arguments_clients_and_clean_end(fake, tmp_path):
             server.complete("bad", max_tokens=1)
         child = child_of(server)
         assert alive(child)
+        segment = Path(f"/dev/shm/sgl_w4afp8_test_{server.processes[0].pid}")
+        assert segment.exists()
     assert server.processes[0].poll() is not None
+    assert not segment.exists(), "shared memory was left behind"
     assert wait_gone(child), "a rank outlived its launcher"
 
 
