@@ -178,7 +178,8 @@ def read_header(path: Path) -> tuple[ShardInfo, list[TensorEntry]]:
         ]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _bad_file(path, f"unreadable header ({error})", "its JSON is damaged") from error
-    entries.sort(key=lambda entry: (entry.start, entry.name))
+    # An empty tensor shares its offset with the next one and comes first.
+    entries.sort(key=lambda entry: (entry.start, entry.nbytes, entry.name))
     expected = 8 + length
     for entry in entries:
         if entry.start != expected or entry.nbytes < 0:

@@ -60,5 +60,5 @@ class MxFp4:
         raw = read(parts.entry("weight")).view(torch.uint8)
         nibbles = torch.stack((raw & 0xF, raw >> 4), dim=-1).flatten(-2)
         exponents = read(scale).view(torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32)
-        values = table[nibbles.to(torch.int32)].unflatten(-1, (-1, _GROUP))
-        return FloatWeight((values * exponents.unsqueeze(-1)).flatten(-2))
+        values = table[nibbles.to(torch.int32)] * exponents.repeat_interleave(_GROUP, dim=-1)
+        return FloatWeight(values)

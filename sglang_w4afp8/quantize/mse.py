@@ -47,7 +47,8 @@ def quantize_mse(
         peak = groups.amax(dim=-1)
         unit = torch.where(peak >= amax, -unit, unit)
     best_gain = torch.full_like(amax, -1.0)
-    best_scale = torch.zeros_like(amax)
+    # Groups whose squares underflow, or that are zero, never win below and keep this scale.
+    best_scale = amax / INT4_MAX
     codes = torch.empty_like(groups)
     for multiplier in multipliers:
         torch.mul(groups, (unit * multiplier).unsqueeze(-1), out=codes)

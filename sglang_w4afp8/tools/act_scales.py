@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def _from_safetensors(path: Path) -> Iterable[tuple[str, float]]:
             yield entry.name, float(reader.read(entry).to(torch.float64).max())
 
 
-def load_amaxes(path: str | Path) -> Amaxes:
+def load_amaxes(path: str | os.PathLike[str]) -> Amaxes:
     """Read calibrated activation amaxes.
 
     Args:
