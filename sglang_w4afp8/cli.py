@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 
 from sglang_w4afp8 import __version__
 from sglang_w4afp8.errors import ConfigError, W4AFp8Error
 
-COMMANDS: dict[str, tuple[str, str]] = {
+_KNOWN: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "check this machine: SGLang, plugin, GPU, kernels"),
+    "plan": ("plan", "what each rank would hold of a model at some TP degree"),
+    "demo": ("demo", "convert two small models, serve them, compare; with or without a GPU"),
     "inspect": ("inspect", "what a checkpoint holds: formats, classes, sizes, problems"),
     "convert": ("convert", "make a W4AFP8 checkpoint from an FP8, BF16 or INT4 one"),
     "resize-blocks": ("resize_blocks", "cut FP8 blocks or INT4 groups smaller, exactly"),
     "verify": ("verify", "compare a converted checkpoint with its source"),
+    "evaluate": ("evaluate", "perplexity and KL of a served model against its source"),
     "bench": ("bench", "time the expert kernels on this machine"),
+    "launch": ("launch", "print the server command of every node"),
+}
+# Finding a module's file imports nothing; a command whose module is not shipped is not offered.
+COMMANDS = {
+    name: entry
+    for name, entry in _KNOWN.items()
+    if importlib.util.find_spec(f"sglang_w4afp8.tools.{entry[0]}")
 }
 
 
@@ -64,10 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words[1:])
     try:
         return int(module.run(args))
-    except ConfigError as error:
-        print(f"sglang-w4afp8 {head.command}: {error}", file=sys.stderr)
-        return 2
     except W4AFp8Error as error:
+        if getattr(args, "json", False):
+            told = {"found": error.found, "why": error.why, "ways": list(error.ways)}
+            print(json.dumps({"error": told}, indent=2, ensure_ascii=False))
+        print(f"sglang-w4afp8 {head.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
         print(f"sglang-w4afp8 {head.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

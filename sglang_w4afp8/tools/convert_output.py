@@ -258,9 +258,15 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(parts) or "none"
 
 
-def auxiliary_files(root: Path, index: CheckpointIndex) -> list[Path]:
-    """Files to be copied as they are: tokenizer, templates, remote code; relative paths."""
+def auxiliary_files(index: CheckpointIndex, rewritten: Iterable[str]) -> list[Path]:
+    """Files to be copied as they are: tokenizer, templates, remote code; relative paths.
+
+    Args:
+        index: the source.
+        rewritten: top-level files that the caller writes itself.
+    """
     found = []
+    root, own = index.root, frozenset(rewritten)
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
@@ -269,10 +275,27 @@ def auxiliary_files(root: Path, index: CheckpointIndex) -> list[Path]:
             (*_WEIGHT_SUFFIXES, ".index.json", TEMP_SUFFIX)
         ):
             continue
-        if len(relative.parts) == 1 and relative.name in _REWRITTEN:
+        if len(relative.parts) == 1 and relative.name in own:
             continue
         found.append(relative)
     return found
+
+
+def copy_auxiliary(index: CheckpointIndex, target: Path, rewritten: Iterable[str]) -> None:
+    """Copy what :func:`auxiliary_files` names.
+
+    Raises:
+        CheckpointError: the target cannot be written.
+    """
+    for relative in auxiliary_files(index, rewritten):
+        place = target / relative
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temp = place.with_name(place.name + TEMP_SUFFIX)
+            shutil.copyfile(index.root / relative, temp)
+            temp.replace(place)
+        except OSError as error:
+            raise write_error(place, error) from error
 
 
 def write_outputs(
@@ -284,15 +307,7 @@ def write_outputs(
         CheckpointError: the target cannot be written.
     """
     minus_eight = any(record.has_minus_eight for record in records)
-    for relative in auxiliary_files(index.root, index):
-        place = target / relative
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            temp = place.with_name(place.name + TEMP_SUFFIX)
-            shutil.copyfile(index.root / relative, temp)
-            temp.replace(place)
-        except OSError as error:
-            raise write_error(place, error) from error
+    copy_auxiliary(index, target, _REWRITTEN)
     source_card = index.root / "README.md"
     if source_card.is_file():
         write_atomic(target / "README.source.md", source_card.read_bytes())

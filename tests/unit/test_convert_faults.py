@@ -1,4 +1,4 @@
-"""Everything that goes wrong during a long conversion: kills, full disks, damaged or wrong files."""
+"""What goes wrong during a long conversion: kills, full disks, damaged or wrong files."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def source(tmp_path):
 
 @pytest.fixture(scope="module")
 def server():
-    """Processes that have torch imported already, so that a kill hits the work and not the import."""
+    """Processes that have torch already, so that a kill hits the work and not the import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sglang_w4afp8.tools.convert", "sglang_w4afp8.checkpoint.gptq"])
+    context.set_forkserver_preload(["sglang_w4afp8.tools.convert"])
     return context
 
 

@@ -102,9 +102,8 @@ def test_nothing_is_visible_before_commit(tmp_path):
 
 def test_announced_and_written_must_agree(tmp_path):
     item = OutTensor("x", "F32", (2,))
-    with ShardWriter(tmp_path / "m.safetensors", [item]) as writer:
-        with pytest.raises(AssertionError):
-            writer.write("x", torch.zeros(3))
+    with ShardWriter(tmp_path / "m.safetensors", [item]) as writer, pytest.raises(AssertionError):
+        writer.write("x", torch.zeros(3))
     with ShardWriter(tmp_path / "m.safetensors", [item]) as writer, pytest.raises(AssertionError):
         writer.commit()
 
