@@ -13,7 +13,6 @@ wheel file; exit code 1 on a mismatch. Standard library and ``packaging`` only.
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,15 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from sglang_w4afp8.contract import Hook, check
 from sglang_w4afp8.errors import HostError
-from sglang_w4afp8.hooks import HOOKS, Hook, Kind
+from sglang_w4afp8.hooks import HOOKS
 from sglang_w4afp8.host_source import (
     Definition,
-    Function,
     HostSource,
     InstalledSource,
-    Parameters,
     Resolver,
     WheelSource,
-    assigned_attributes,
-    find_calls,
 )
 
 # Repeated in pyproject.toml as the extra "sglang"; a test compares the two.
@@ -102,7 +98,7 @@ def check_for_registration(source: HostSource | None = None, *, thorough: bool =
     problems = version_problems(source.version)
     if not problems:
         # Outside the range every hook may differ; listing them would bury the reason.
-        problems = hook_problems(Resolver(source), source.version, thorough=thorough)
+        problems = hook_problems(Resolver(source), thorough=thorough)
     if not problems and source.version not in TESTED:
         warnings.append(
             f"sglang {source.version} was not tested (tested: {', '.join(TESTED)}); all names and "
@@ -126,7 +122,6 @@ def version_problems(version: str | None) -> list[str]:
 
 def hook_problems(
     resolve: Resolve,
-    version: str | None = None,
     *,
     hooks: Sequence[Hook] = HOOKS,
     thorough: bool = True,
@@ -135,121 +130,23 @@ def hook_problems(
 
     Args:
         resolve: finds the definition of ``module:Name.attribute``; see ``host_source.Resolver``.
-        version: leaves out hooks that belong to other versions; None checks all.
         hooks: the table.
         thorough: also check those marked ``every_process=False``.
     """
     problems: list[str] = []
     for hook in hooks:
-        if not (thorough or hook.every_process) or not hook.applies_to(version):
+        if not (thorough or hook.every_process):
             continue
         try:
             found = resolve(hook.target)
-            problem = "is missing" if found is None else _CHECKS[hook.kind](hook, found)
+            if found is None and hook.or_else and resolve(hook.or_else):
+                continue
+            problem = "is missing" if found is None else check(hook, found)
         except (SyntaxError, OSError, UnicodeDecodeError) as error:
             problem = f"cannot be read: {error}"
         if problem is not None:
             problems.append(f"{hook.target} {problem} (used by {hook.used_by}: {hook.why})")
     return problems
-
-
-def _check_override(hook: Hook, found: Definition) -> str | None:
-    parameters = _parameters(hook, found)
-    if parameters is None:
-        return "is not a function"
-    if parameters.names != hook.names:
-        return f"takes ({', '.join(parameters.names)}), expected ({', '.join(hook.names)})"
-    return None
-
-
-def _check_call(hook: Hook, found: Definition) -> str | None:
-    parameters = _parameters(hook, found)
-    if parameters is None:
-        return "is not a function"
-    unknown = [n for n in hook.names if n not in parameters.names]
-    if unknown and "**" not in parameters.names:
-        return f"does not take {', '.join(unknown)} but ({', '.join(parameters.names)})"
-    missing = [n for n in parameters.required if n not in hook.names]
-    if missing:
-        return f"now also requires {', '.join(missing)}"
-    return None
-
-
-def _check_attribute(hook: Hook, found: Definition) -> str | None:
-    if not hook.names:
-        return None
-    if isinstance(found.node, ast.ClassDef):
-        members = {
-            target.id
-            for node in found.node.body
-            if isinstance(node, ast.Assign | ast.AnnAssign)
-            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-            if isinstance(target, ast.Name)
-        }
-        missing = [n for n in hook.names if n not in members]
-        return f"has no {', '.join(missing)}" if missing else None
-    value = getattr(found.node, "value", None)
-    if not isinstance(value, ast.Dict):
-        return "is not a dict literal any more"
-    keys = {key.value for key in value.keys if isinstance(key, ast.Constant)}
-    missing = [n for n in hook.names if n not in keys]
-    return f"has no key {', '.join(missing)}" if missing else None
-
-
-def _check_source(hook: Hook, found: Definition) -> str | None:
-    calls = find_calls(found.node, hook.callee)
-    if not calls:
-        return f"does not call {hook.callee}() any more"
-    for call in calls:
-        passed = {keyword.arg for keyword in call.keywords}
-        missing = [n for n in hook.names if n not in passed]
-        if missing:
-            return f"calls {hook.callee}() without the keywords {', '.join(missing)}"
-    first = min(call.lineno for call in calls)
-    before = {
-        name
-        for node in ast.walk(found.node)
-        if getattr(node, "lineno", first) < first
-        for name in assigned_attributes(node)
-    }
-    late = [n for n in hook.after if n not in before]
-    if late:
-        return f"does not set self.{', self.'.join(late)} before it calls {hook.callee}()"
-    return None
-
-
-_CHECKS: dict[Kind, Callable[[Hook, Definition], str | None]] = {
-    Kind.OVERRIDE: _check_override,
-    Kind.CALL: _check_call,
-    Kind.ATTRIBUTE: _check_attribute,
-    Kind.SOURCE: _check_source,
-}
-
-
-def _parameters(hook: Hook, found: Definition) -> Parameters | None:
-    is_method = "." in hook.target.partition(":")[2]
-    if isinstance(found.node, Function):
-        return Parameters.of(found.node, is_method=is_method)
-    if isinstance(found.node, ast.ClassDef):
-        return _constructor(found.node)
-    return None
-
-
-def _constructor(node: ast.ClassDef) -> Parameters | None:
-    for member in node.body:
-        if isinstance(member, Function) and member.name == "__init__":
-            return Parameters.of(member, is_method=True)
-    # A dataclass or NamedTuple: its annotated fields, in order.
-    fields = [
-        (member.target.id, member.value)
-        for member in node.body
-        if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name)
-    ]
-    if not fields:
-        return None
-    return Parameters(
-        tuple(name for name, _ in fields), tuple(name for name, value in fields if value is None)
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,8 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in report.problems:
         print(f"[FAIL] {problem}")
     if report.ok:
-        count = sum(hook.applies_to(report.version) for hook in HOOKS)
-        print(f"[ok  ] {count} hooks as expected, version in {SUPPORTED_SGLANG}")
+        print(f"[ok  ] {len(HOOKS)} hooks as expected, version in {SUPPORTED_SGLANG}")
     return 0 if report.ok else 1
 
 

@@ -1,121 +1,43 @@
-"""The table of upstream names this package relies on. Data only; :mod:`sglang_w4afp8.compat` checks it.
+"""The upstream names this package relies on. Data only; :mod:`sglang_w4afp8.compat` compares them.
 
-Adding a use of SGLang to ``srt/`` means adding a row here, with the reason. A row that is no longer
-used goes away with its use.
+Adding a use of SGLang to ``srt/`` means adding a row here, with the reason; a test compares the
+imports there with this table. A row that is no longer used goes away with its use. The CPU platform
+and ``virtual_ranks`` are not in it: they serve tests and demonstrations, which fail by themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 
-from packaging.specifiers import SpecifierSet
-
-
-class Kind(StrEnum):
-    """What "fits" means for a hook."""
-
-    OVERRIDE = "override"
-    """We replace or subclass it: parameter names and order must match exactly."""
-    CALL = "call"
-    """We call it with these keywords: it must take them and require no others."""
-    ATTRIBUTE = "attribute"
-    """It must exist; with names: a dict literal with these keys, or a class with these members."""
-    SOURCE = "source"
-    """Its body must call ``callee`` with these keywords, after having set ``self.<after>``."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One upstream name.
-
-    Attributes:
-        target: ``package.module:Name.attribute``.
-        kind: how to compare.
-        names: parameters, keywords or keys, by kind; ``**`` stands for any keyword.
-        why: what breaks without it, as half a sentence.
-        used_by: our module.
-        callee: for SOURCE, the call as written there.
-        after: for SOURCE, attributes of self that must be set by then.
-        versions: the SGLang versions it applies to; empty means all.
-        every_process: False for what a process has proved by getting as far as registering.
-    """
-
-    target: str
-    kind: Kind
-    names: tuple[str, ...]
-    why: str
-    used_by: str
-    callee: str = ""
-    after: tuple[str, ...] = ()
-    versions: str = ""
-    every_process: bool = True
-
-    def applies_to(self, version: str | None) -> bool:
-        """Whether ``version`` needs this hook; an unknown version needs all."""
-        if version is None or not self.versions:
-            return True
-        return SpecifierSet(self.versions).contains(version, prereleases=True)
-
+from sglang_w4afp8.contract import Hook, Kind
 
 _PLUGINS = "sglang.srt.plugins"
 _QUANT = "sglang.srt.layers.quantization"
 _W4AFP8 = f"{_QUANT}.w4afp8"
-_MOE_LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer"
-
-_PLUGIN = "plugin.py"
-_INSTALL = "srt/install.py"
-_CONFIG = "srt/config.py"
-_MOE = "srt/moe.py"
-_LOADER = "srt/loader.py"
-_LINEAR = "srt/linear.py"
+_BASE = f"{_QUANT}.base_config"
+_FP8_LINEAR = f"{_QUANT}.fp8:Fp8LinearMethod"
+_MOE_PACKAGE = "sglang.srt.layers.moe"
+_FUSED_MOE = f"{_MOE_PACKAGE}.fused_moe_triton.layer:FusedMoE"
+_LINEAR_LAYERS = "sglang.srt.layers.linear"
 
 _LOADER_ARGUMENTS = ("param", "loaded_weight", "weight_name", "shard_id", "expert_id")
 
+_plugin = partial(Hook, used_by="plugin.py")
 _REGISTRATION = (
-    Hook(
-        f"{_PLUGINS}:load_plugins",
-        Kind.CALL,
-        (),
-        "runs our entry point",
-        _PLUGIN,
-    ),
-    Hook(
+    _plugin(f"{_PLUGINS}:load_plugins", Kind.CALL, (), "runs our entry point"),
+    _plugin(
         f"{_PLUGINS}:GENERAL_PLUGINS_GROUP",
-        Kind.ATTRIBUTE,
-        (),
-        "the entry point group of pyproject.toml",
-        _PLUGIN,
-    ),
-    Hook(
-        f"{_QUANT}:BASE_QUANTIZATION_METHODS",
-        Kind.ATTRIBUTE,
-        ("w4afp8",),
-        "our config class takes this entry's place",
-        _INSTALL,
-    ),
-    Hook(
-        f"{_QUANT}:QUANTIZATION_METHODS",
-        Kind.ATTRIBUTE,
-        (),
-        "the dict that model loading reads, changed in place",
-        _INSTALL,
-    ),
-    Hook(
-        f"{_QUANT}:get_quantization_config",
-        Kind.CALL,
-        ("quantization",),
-        "resolves the name to our class",
-        _INSTALL,
+        Kind.TEXT,
+        ("'sglang.srt.plugins'",),
+        "the group of our entry point",
     ),
     # Each process that builds a model must run the plugins first, or it would use the stock method.
     *(
-        Hook(
+        _plugin(
             target,
             Kind.SOURCE,
             (),
             "or this process would not know the plugin",
-            _PLUGIN,
             callee="load_plugins",
             every_process=False,
         )
@@ -126,63 +48,113 @@ _REGISTRATION = (
     ),
 )
 
-_CONFIG_CLASS = (
-    Hook(
-        f"{_W4AFP8}:W4AFp8Config",
-        Kind.CALL,
-        (
-            "is_checkpoint_fp8_serialized",
-            "is_checkpoint_w4afp8_serialized",
-            "linear_activation_scheme",
-            "moe_activation_scheme",
-            "ignored_layers",
-            "weight_block_size",
-            "group_size",
-        ),
-        "base class, built by our constructor",
-        _CONFIG,
+_install = partial(Hook, used_by="srt/install.py")
+_TABLES = (
+    _install(
+        f"{_QUANT}:BASE_QUANTIZATION_METHODS",
+        Kind.ATTRIBUTE,
+        ("w4afp8",),
+        "our config class takes this entry's place",
     ),
-    Hook(
+    _install(
+        f"{_QUANT}:QUANTIZATION_METHODS",
+        Kind.ATTRIBUTE,
+        (),
+        "the dict that model loading reads, changed in place",
+    ),
+    _install(
+        f"{_QUANT}:get_quantization_config",
+        Kind.CALL,
+        ("quantization",),
+        "resolves the name to our class",
+    ),
+)
+
+_host = partial(Hook, used_by="srt/host.py")
+_HOST = (
+    _host("sglang.srt.runtime_context:get_server_args", Kind.CALL, (), "--load-format, --tp"),
+    _host("sglang.srt.utils:is_cuda", Kind.CALL, (), "who applies routed_scaling_factor"),
+    # On CUDA the method multiplies, elsewhere the model does; twice or never would be silent.
+    *(
+        _host(
+            target,
+            Kind.TEXT,
+            ("not _is_cuda", "*= self.routed_scaling_factor"),
+            "who applies routed_scaling_factor",
+            every_process=False,
+        )
+        for target in (
+            "sglang.srt.models.deepseek_v2:DeepseekV2MoE.forward_normal",
+            "sglang.srt.models.glm4_moe:Glm4MoeSparseMoeBlock.forward_normal",
+        )
+    ),
+)
+
+_config = partial(Hook, used_by="srt/config.py")
+_CONFIG = (
+    _config(f"{_W4AFP8}:W4AFp8Config", Kind.ATTRIBUTE, (), "base class; SGLang tests for it"),
+    _config(f"{_BASE}:QuantizationConfig.__init__", Kind.CALL, (), "the rest of the base class"),
+    _config(
+        f"{_BASE}:QuantizationConfig.packed_modules_mapping",
+        Kind.ATTRIBUTE,
+        (),
+        "which checkpoint modules a fused linear consists of",
+    ),
+    _config(
+        f"{_BASE}:QuantizationConfig.apply_weight_name_mapper",
+        Kind.OVERRIDE,
+        ("hf_to_sglang_mapper",),
+        "renames the skip list",
+    ),
+    _config(f"{_BASE}:QuantizeMethodBase", Kind.ATTRIBUTE, (), "what get_quant_method returns"),
+    _config(
         f"{_W4AFP8}:W4AFp8Config.from_config",
         Kind.OVERRIDE,
         ("config",),
         "called with config.json's dict",
-        _CONFIG,
     ),
-    Hook(
+    _config(
         f"{_W4AFP8}:W4AFp8Config.get_quant_method",
         Kind.OVERRIDE,
         ("layer", "prefix"),
         "asked for each layer's method",
-        _CONFIG,
     ),
     *(
-        Hook(f"{_W4AFP8}:W4AFp8Config.{name}", Kind.OVERRIDE, (), "asked by the loader", _CONFIG)
-        for name in (
-            "get_name",
-            "get_min_capability",
-            "get_supported_act_dtypes",
-            "get_config_filenames",
-        )
+        _config(f"{_W4AFP8}:W4AFp8Config.{name}", Kind.OVERRIDE, (), "asked by the model loader")
+        for name in ("get_name", "get_min_capability", "get_supported_act_dtypes")
     ),
-    Hook(
+    _config(
         f"{_QUANT}.utils:is_layer_skipped",
         Kind.CALL,
-        ("prefix", "ignored_layers"),
+        ("prefix", "ignored_layers", "fused_mapping"),
         "decides which linears stay unquantised",
-        _CONFIG,
     ),
+    _config(f"{_QUANT}.unquant:UnquantizedLinearMethod", Kind.ATTRIBUTE, (), "skipped linears"),
+    _config(
+        f"{_QUANT}.unquant:UnquantizedFusedMoEMethod",
+        Kind.CALL,
+        ("use_triton_kernels",),
+        "skipped experts",
+    ),
+    _config(f"{_LINEAR_LAYERS}:LinearBase", Kind.ATTRIBUTE, (), "tells linears from other layers"),
+    _config(
+        f"{_MOE_PACKAGE}.fused_moe_triton:FusedMoE",
+        Kind.ATTRIBUTE,
+        (),
+        "tells experts from other layers",
+    ),
+    _config(f"{_FUSED_MOE}.use_triton_kernels", Kind.ATTRIBUTE, (), "skipped experts"),
 )
 
-_MOE_METHOD = (
-    Hook(
+_moe = partial(Hook, used_by="srt/moe.py")
+_MOE = (
+    _moe(
         f"{_W4AFP8}:W4AFp8MoEMethod",
         Kind.CALL,
         ("quant_config",),
         "base class; DeepEP asserts it with isinstance",
-        _MOE,
     ),
-    Hook(
+    _moe(
         f"{_W4AFP8}:W4AFp8MoEMethod.create_weights",
         Kind.OVERRIDE,
         (
@@ -194,57 +166,79 @@ _MOE_METHOD = (
             "**",
         ),
         "makes the parameters of a rank's shard",
-        _MOE,
     ),
-    Hook(
+    _moe(
         f"{_W4AFP8}:W4AFp8MoEMethod.process_weights_after_loading",
         Kind.OVERRIDE,
         ("layer",),
         "checks completeness and prepares the backend",
-        _MOE,
     ),
-    Hook(
+    _moe(
         f"{_W4AFP8}:W4AFp8MoEMethod.create_moe_runner",
         Kind.OVERRIDE,
         ("layer", "moe_runner_config"),
         "hands over top_k and the routed scaling factor",
-        _MOE,
     ),
-    Hook(
+    _moe(
         f"{_W4AFP8}:W4AFp8MoEMethod.apply",
         Kind.OVERRIDE,
         ("layer", "dispatch_output"),
         "runs the layer",
-        _MOE,
     ),
-    Hook(
-        "sglang.srt.layers.moe.token_dispatcher:StandardCombineInput",
+    _moe(
+        f"{_MOE_PACKAGE}.moe_runner.base:MoeRunnerConfig",
+        Kind.ATTRIBUTE,
+        (
+            "top_k",
+            "params_dtype",
+            "activation",
+            "apply_router_weight_on_input",
+            "routed_scaling_factor",
+            # Asked for in order to refuse what the kernels do not compute.
+            "is_gated",
+            "no_combine",
+            "gemm1_alpha",
+            "gemm1_clamp_limit",
+            "swiglu_limit",
+        ),
+        "what the layer computes",
+    ),
+    _moe(f"{_MOE_PACKAGE}.utils:get_moe_a2a_backend", Kind.CALL, (), "is DeepEP or kin on"),
+    _moe(f"{_MOE_PACKAGE}.utils:MoeA2ABackend.is_none", Kind.CALL, (), "is DeepEP or kin on"),
+    _moe(
+        f"{_MOE_PACKAGE}.token_dispatcher.standard:StandardDispatchOutput",
+        Kind.ATTRIBUTE,
+        ("hidden_states", "topk_output"),
+        "what apply() is given",
+    ),
+    _moe(
+        f"{_MOE_PACKAGE}.topk:StandardTopKOutput",
+        Kind.OVERRIDE,
+        ("topk_weights", "topk_ids", "router_logits"),
+        "unpacked in this order",
+    ),
+    _moe(
+        f"{_MOE_PACKAGE}.token_dispatcher:StandardCombineInput",
         Kind.CALL,
         ("hidden_states",),
         "what apply() returns",
-        _MOE,
     ),
-    Hook(
+    _moe(
         "sglang.srt.utils:set_weight_attrs",
-        Kind.CALL,
+        Kind.OVERRIDE,
         ("weight", "weight_attrs"),
         "attaches the loader to a parameter",
-        _MOE,
     ),
-)
-
-_MOE_LAYER_HOOKS = (
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE.__init__",
+    _moe(
+        f"{_FUSED_MOE}.__init__",
         Kind.SOURCE,
         (),
         "the method must know its rank when it is made",
-        _MOE,
         callee="quant_config.get_quant_method",
-        after=("moe_tp_rank", "moe_tp_size", "moe_ep_rank", "moe_ep_size", "layer_id"),
+        after=("moe_tp_rank", "moe_tp_size", "moe_ep_rank", "moe_ep_size"),
     ),
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE.__init__",
+    _moe(
+        f"{_FUSED_MOE}.__init__",
         Kind.SOURCE,
         (
             "layer",
@@ -256,62 +250,49 @@ _MOE_LAYER_HOOKS = (
             "moe_intermediate_size",
         ),
         "the uncut expert size places a rank's columns",
-        _MOE,
         callee="self.quant_method.create_weights",
     ),
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE.run_moe_core",
+    _moe(
+        f"{_FUSED_MOE}.run_moe_core",
         Kind.SOURCE,
         ("layer", "dispatch_output"),
         "the standard path ends in our apply()",
-        _MOE,
         callee="self.quant_method.apply",
     ),
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE.weight_loader",
+)
+
+_loader = partial(Hook, used_by="srt/loader.py")
+_LOADER = (
+    _loader(
+        f"{_FUSED_MOE}.weight_loader",
         Kind.CALL,
         _LOADER_ARGUMENTS,
         "maps logical to physical expert ids",
-        _LOADER,
     ),
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE._weight_loader_impl",
+    _loader(
+        f"{_FUSED_MOE}._weight_loader_impl",
         Kind.OVERRIDE,
         _LOADER_ARGUMENTS,
         "replaced on the layer by our slicing",
-        _LOADER,
     ),
     # Both roads must reach the replacement, through the instance and by keyword.
     *(
-        Hook(
-            f"{_MOE_LAYER}:FusedMoE.{name}",
+        _loader(
+            f"{_FUSED_MOE}.{name}",
             Kind.SOURCE,
             _LOADER_ARGUMENTS,
             "must pass through the replaced attribute",
-            _LOADER,
             callee="self._weight_loader_impl",
         )
         for name in ("weight_loader", "_weight_loader_physical")
     ),
-    Hook(
-        f"{_MOE_LAYER}:FusedMoE._map_global_expert_id_to_local_expert_id",
-        Kind.CALL,
-        ("expert_id",),
-        "maps physical to local expert ids",
-        _LOADER,
-    ),
 )
 
-_LINEAR_HOOKS = (
-    Hook(
-        f"{_QUANT}.fp8:Fp8LinearMethod",
-        Kind.CALL,
-        ("quant_config",),
-        "base class of the linears' method",
-        _LINEAR,
-    ),
-    Hook(
-        f"{_QUANT}.fp8:Fp8LinearMethod.create_weights",
+_linear = partial(Hook, used_by="srt/linear.py")
+_LINEAR = (
+    _linear(_FP8_LINEAR, Kind.CALL, ("quant_config",), "base class of the linears' method"),
+    _linear(
+        f"{_FP8_LINEAR}.create_weights",
         Kind.OVERRIDE,
         (
             "layer",
@@ -324,56 +305,80 @@ _LINEAR_HOOKS = (
             "**",
         ),
         "makes scales for shards that are no whole blocks",
-        _LINEAR,
     ),
-    Hook(
-        f"{_QUANT}.fp8:Fp8LinearMethod.process_weights_after_loading",
+    _linear(
+        f"{_FP8_LINEAR}.process_weights_after_loading",
         Kind.OVERRIDE,
         ("layer",),
         "keeps re-blocked scales away from block kernels",
-        _LINEAR,
     ),
-    Hook(
-        f"{_QUANT}.fp8:Fp8LinearMethod.apply",
+    _linear(
+        f"{_FP8_LINEAR}.apply",
         Kind.OVERRIDE,
         ("layer", "x", "bias"),
         "multiplies a re-blocked weight",
-        _LINEAR,
-    ),
-    Hook(
-        f"{_QUANT}.fp8:Fp8LinearMethod.validate_block_quant_shapes",
-        Kind.ATTRIBUTE,
-        (),
-        "the check that refuses such shards upstream",
-        _LINEAR,
-    ),
-    Hook(
-        "sglang.srt.layers.linear:WEIGHT_LOADER_V2_SUPPORTED",
-        Kind.ATTRIBUTE,
-        (),
-        "a subclass of a linear method must be on this list by name",
-        _LINEAR,
     ),
     *(
-        Hook(
-            f"sglang.srt.layers.linear:{name}.weight_loader_v2",
+        _linear(
+            f"{_LINEAR_LAYERS}:{name}.weight_loader_v2",
             Kind.ATTRIBUTE,
             (),
-            "hands a parameter the whole tensor to cut",
-            _LINEAR,
+            "upstream's newer loader, which it picks by the method's class name",
         )
         for name in (
             "ColumnParallelLinear",
             "MergedColumnParallelLinear",
+            "QKVParallelLinear",
             "RowParallelLinear",
         )
+    ),
+    # Up to 0.5.20 a linear has its rank, later the group it is sharded over.
+    *(
+        _linear(
+            f"{_LINEAR_LAYERS}:{name}.tp_rank",
+            Kind.ATTRIBUTE,
+            (),
+            "which part of the weight is this rank's",
+            or_else=f"{_LINEAR_LAYERS}:get_group_rank_size",
+        )
+        for name in ("ColumnParallelLinear", "RowParallelLinear")
+    ),
+    _linear(
+        f"{_LINEAR_LAYERS}:QKVParallelLinear.num_kv_head_replicas",
+        Kind.ATTRIBUTE,
+        (),
+        "which k and v heads are this rank's",
+    ),
+    _linear(
+        f"{_QUANT}.fp8_utils:triton_w8a8_block_fp8_linear",
+        Kind.CALL,
+        ("input", "weight", "block_size", "weight_scale", "bias"),
+        "the block kernel that takes small blocks",
+    ),
+)
+
+_cutlass = partial(Hook, used_by="srt/cutlass.py")
+_CUTLASS = (
+    _cutlass(
+        f"{_MOE_PACKAGE}.cutlass_w4a8_moe:cutlass_w4a8_moe",
+        Kind.OVERRIDE,
+        (
+            *("a", "w1_q", "w2_q", "w1_scale", "w2_scale", "topk_weights", "topk_ids"),
+            *("a_strides1", "b_strides1", "c_strides1", "a_strides2", "b_strides2", "c_strides2"),
+            *("s_strides13", "s_strides2", "expert_offsets", "problem_sizes1", "problem_sizes2"),
+            *("a1_scale", "a2_scale", "apply_router_weight_on_input", "routed_scaling_factor"),
+        ),
+        "the Hopper kernel with its glue, called by position",
     ),
 )
 
 HOOKS: tuple[Hook, ...] = (
     *_REGISTRATION,
-    *_CONFIG_CLASS,
-    *_MOE_METHOD,
-    *_MOE_LAYER_HOOKS,
-    *_LINEAR_HOOKS,
+    *_TABLES,
+    *_HOST,
+    *_CONFIG,
+    *_MOE,
+    *_LOADER,
+    *_LINEAR,
+    *_CUTLASS,
 )

@@ -258,8 +258,8 @@ class Parameters:
         positional = [*args.posonlyargs, *args.args]
         defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
         pairs = [(arg.arg, default) for arg, default in zip(positional, defaults, strict=True)]
-        static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in node.decorator_list)
-        if is_method and not static:
+        decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+        if is_method and "staticmethod" not in decorators:
             pairs = pairs[1:]
         pairs += [
             (arg.arg, default)
@@ -270,7 +270,7 @@ class Parameters:
 
 
 def find_calls(node: ast.AST, callee: str) -> list[ast.Call]:
-    """The calls of ``callee`` (as written, ``self.method`` or ``a.b.c``) anywhere inside ``node``."""
+    """The calls of ``callee``, spelt as there (``self.method``, ``a.b.c``), inside ``node``."""
     return [
         call
         for call in ast.walk(node)

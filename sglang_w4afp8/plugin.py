@@ -2,9 +2,10 @@
 
 SGLang's ``load_plugins()`` calls :func:`register` in the launcher and in every scheduler process.
 It logs an exception of a plugin and goes on with its own method, so a failure here is easily
-overlooked; therefore everything is checked before anything is changed, a refusal is one ERROR with
-the reason and the cure, and ``SGLANG_W4AFP8_STRICT=1`` ends the process instead. Processes for which
-SGLang calls no plugins are served by :mod:`sglang_w4afp8.run` or call :func:`register` themselves.
+overlooked. Therefore everything is checked before anything is changed, a refusal is one ERROR with
+the reason and the cure, and with ``SGLANG_W4AFP8_STRICT=1`` the process ends after it. Processes
+for which SGLang calls no plugins are served by :mod:`sglang_w4afp8.run` or call :func:`register`
+themselves.
 """
 
 from __future__ import annotations

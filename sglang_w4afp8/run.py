@@ -19,6 +19,7 @@ import runpy
 import sys
 import types
 from collections.abc import Sequence
+from importlib.abc import InspectLoader
 
 from sglang_w4afp8.errors import HostError
 
@@ -64,7 +65,8 @@ def _load(target: str) -> tuple[types.CodeType, str]:
             spec = importlib.util.find_spec(f"{target}.__main__")
     except ModuleNotFoundError:
         spec = None
-    code = spec.loader.get_code(spec.name) if spec and hasattr(spec.loader, "get_code") else None
+    loader = spec.loader if spec is not None else None
+    code = loader.get_code(spec.name) if spec and isinstance(loader, InspectLoader) else None
     if spec is None or code is None:
         raise SystemExit(
             str(

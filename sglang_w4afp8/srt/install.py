@@ -1,9 +1,9 @@
 """Puts our config class where SGLang looks ``w4afp8`` up. Called by ``plugin.register`` only.
 
-``QUANTIZATION_METHODS`` is a copy of ``BASE_QUANTIZATION_METHODS`` made at import, and other modules
-hold the same dict objects, so both are changed in place. Importing this module imports SGLang's
-quantization package, which resolves the platform; at ``load_plugins()`` time SGLang's own imports
-have done that already or do it next (checked on 0.5.16 and 0.5.23).
+``QUANTIZATION_METHODS`` is a copy of ``BASE_QUANTIZATION_METHODS`` made at import, and other
+modules hold the same dict objects, so both are changed in place. Importing this module imports
+SGLang's quantization package, which resolves the platform; when ``load_plugins()`` can be called,
+SGLang's own imports have done that already (a contract test checks it).
 """
 
 from __future__ import annotations

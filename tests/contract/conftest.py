@@ -40,7 +40,9 @@ def _download(version: str) -> None:
         check=False,
     )
     if done.returncode:
-        pytest.fail(f"no wheel of sglang {version} in .whl/ and pip cannot fetch it:\n{done.stderr}")
+        pytest.fail(
+            f"no wheel of sglang {version} in .whl/ and pip cannot fetch it:\n{done.stderr}"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,9 @@ def test_load_plugins_installs_our_class(fresh: Fresh) -> None:
 
         if __name__ == "__main__":
             from sglang.srt.plugins import load_plugins
+            from sglang.srt import platforms
+            # Or our imports would force the choice of a platform earlier than SGLang makes it.
+            assert platforms._current_platform is not None
             load_plugins()
             check("parent")
             import sglang_w4afp8

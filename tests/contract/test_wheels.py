@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 
+import sglang_w4afp8
 from sglang_w4afp8 import compat
-from sglang_w4afp8.hooks import HOOKS, Hook, Kind
+from sglang_w4afp8.contract import Hook, Kind
+from sglang_w4afp8.hooks import HOOKS
 from sglang_w4afp8.host_source import Function, Resolver, WheelSource
+
+SRT = Path(sglang_w4afp8.__file__).parent / "srt"
+# They serve tests and demonstrations, which fail by themselves; see hooks.py.
+NOT_IN_THE_TABLE = ("cpu_fp8", "cpu_platform", "shard_check", "virtual_ranks")
 
 
 class AlteredSource:
@@ -36,12 +42,7 @@ def problems_after(
     wheel: Path, alter: Callable[[str, str], str], hooks: Sequence[Hook] = HOOKS
 ) -> list[str]:
     source = AlteredSource(WheelSource(wheel), alter)
-    return compat.hook_problems(Resolver(source), source.version, hooks=hooks)
-
-
-def hooks_for(wheel: Path) -> list[Hook]:
-    version = WheelSource(wheel).version
-    return [hook for hook in HOOKS if hook.applies_to(version)]
+    return compat.hook_problems(Resolver(source), hooks=hooks)
 
 
 def test_every_hook_fits(tested_wheel: Path) -> None:
@@ -52,11 +53,11 @@ def test_every_hook_fits(tested_wheel: Path) -> None:
 
 
 def test_renaming_any_name_is_noticed(tested_wheel: Path) -> None:
-    for hook in hooks_for(tested_wheel):
-        name = hook.target.rpartition(":")[2].rpartition(".")[2]
-        if name == "__init__":
-            continue  # renamed by its class's row, or by its callee below
-        pattern = re.compile(rf"\b{name}\b")
+    for hook in HOOKS:
+        names = [path.rpartition(":")[2] for path in (hook.target, hook.or_else) if path]
+        # A constructor has its class's name.
+        names = [name.removesuffix(".__init__").rpartition(".")[2] for name in names]
+        pattern = re.compile(rf"\b({'|'.join(names)})\b")
         found = problems_after(
             tested_wheel, lambda _, source, p=pattern: p.sub("renamed_upstream", source), [hook]
         )
@@ -64,7 +65,7 @@ def test_renaming_any_name_is_noticed(tested_wheel: Path) -> None:
 
 
 def test_a_call_that_goes_elsewhere_is_noticed(tested_wheel: Path) -> None:
-    for hook in hooks_for(tested_wheel):
+    for hook in HOOKS:
         if hook.kind is not Kind.SOURCE:
             continue
         call = f"{hook.callee}("
@@ -85,7 +86,7 @@ def add_parameter(source: str, name: str) -> str:
 
 
 def test_a_new_parameter_is_noticed(tested_wheel: Path) -> None:
-    for hook in hooks_for(tested_wheel):
+    for hook in HOOKS:
         path = hook.target.rpartition(":")[2]
         if hook.kind not in (Kind.OVERRIDE, Kind.CALL):
             continue
@@ -112,6 +113,11 @@ def test_a_new_parameter_is_noticed(tested_wheel: Path) -> None:
         ("moe_intermediate_size=intermediate_size", "full=1", "moe_intermediate_size"),
         ("self.moe_tp_rank =", "self.moe_tp_rank_later =", "does not set self.moe_tp_rank"),
         ('"w4afp8": W4AFp8Config', '"w4a8": W4AFp8Config', "has no key w4afp8"),
+        (
+            "        if (\n            not _is_cuda",
+            "        if (\n            not _is_any_gpu",
+            "not _is_cuda",
+        ),
         ("class W4AFp8MoEMethod(", "class W4AFp8ExpertMethod(", "W4AFp8MoEMethod is missing"),
         ("dispatch_output: StandardDispatchOutput", "dispatched: object", "expected (layer, disp"),
     ],
@@ -129,9 +135,54 @@ def test_a_refactor_is_noticed(tested_wheel: Path, old: str, new: str, expected:
     assert any(expected in line for line in found), found
 
 
+def upstream_imports() -> set[tuple[str, str]]:
+    """``(module, name)`` of every run-time import of SGLang in ``srt/``."""
+    found: set[tuple[str, str]] = set()
+    for path in sorted(SRT.glob("*.py")):
+        if path.stem in NOT_IN_THE_TABLE:
+            continue
+        for node in ast.walk(without_type_checking(ast.parse(path.read_text()))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
+                found |= {(node.module or "", alias.name) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("sglang.") for alias in node.names), path
+    return found
+
+
+def without_type_checking(tree: ast.Module) -> ast.Module:
+    tree.body = [
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return tree
+
+
+def test_every_import_of_sglang_has_a_row() -> None:
+    imports = upstream_imports()
+    assert len(imports) > 15
+    targets = [hook.target for hook in HOOKS] + [hook.or_else for hook in HOOKS]
+    missing = [
+        f"{module}:{name}"
+        for module, name in sorted(imports)
+        # A name of that module, or a module of that package.
+        if not any(re.match(rf"{module}(:{name}(\.|$)|\.{name}:)", target) for target in targets)
+    ]
+    assert missing == [], "add rows to sglang_w4afp8/hooks.py"
+
+
+def test_every_row_names_a_module_of_ours_that_uses_it() -> None:
+    for hook in HOOKS:
+        if hook.used_by == "plugin.py" or hook.kind in (Kind.SOURCE, Kind.TEXT):
+            continue  # what calls us or goes on around us, not what we call
+        text = (SRT.parent / hook.used_by).read_text()
+        names = [hook.target.rpartition(":")[2].removesuffix(".__init__").rpartition(".")[2]]
+        assert any(name in text for name in (*names, *hook.names)), hook
+
+
 def test_a_module_python_cannot_parse_is_a_problem_not_a_crash(tested_wheel: Path) -> None:
     found = problems_after(tested_wheel, lambda _, source: f"match = = 1\n{source}")
-    assert len(found) == len(hooks_for(tested_wheel))
+    assert len(found) == len(HOOKS)
     assert all("cannot be read" in line for line in found)
 
 
