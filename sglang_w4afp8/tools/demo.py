@@ -55,6 +55,8 @@ class Story:
     """What the demo found, for ``--json``."""
 
     device: str
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
     served: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     largest_difference: dict[str, float] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -68,19 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[8, 16, 32], metavar="TP")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON at the end")
+    parser.add_argument("--out", type=Path, help="write the findings as JSON to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when everything agreed, 1 otherwise."""
     gpus = 0 if args.cpu else _gpu_count()
-    device = f"{gpus} CUDA device(s)" if gpus else "CPU"
+    device = f"{gpus} × {_gpu_name()}" if gpus else f"CPU, {os.cpu_count()} cores"
     degrees = args.tp or ([d for d in (1, 2, 4) if d <= gpus] if gpus else [1, 2, 4])
     with tempfile.TemporaryDirectory(prefix="w4afp8-demo-") as scratch:
         folder = args.dir or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         story = tell(folder, degrees, args.shards, device, on_gpu=bool(gpus))
+    findings = json.dumps(asdict(story), indent=1)
     if args.json:
-        print(json.dumps(asdict(story), indent=2))
+        print(findings)
+    if args.out:
+        args.out.write_text(findings + "\n")
     for problem in story.problems:
         print(f"PROBLEM: {problem}", file=sys.stderr)
     if not story.problems:
@@ -100,7 +106,10 @@ def tell(
         device: for the report.
         on_gpu: serve on GPUs in BF16 with FP8 activations instead of on the CPU in float32.
     """
-    story = Story(device)
+    # Paths of the machine have no place in a report.
+    words = [word for word in sys.argv[1:] if "/" not in word and word not in ("--out", "--dir")]
+    command = " ".join(["sglang-w4afp8", "demo", *[w for w in words if w != "demo"]])
+    story = Story(device, _versions(), command)
     checkpoints = {}
     say(f"device: {device}")
     for name, source in write_checkpoints(folder).items():
@@ -178,6 +187,7 @@ def serve(checkpoint: Path, tp: int, log_dir: Path, on_gpu: bool) -> Served:
     env = {"SGLANG_W4AFP8_STRICT": "1"}
     if on_gpu:
         args += ["--attention-backend", "triton", "--mem-fraction-static", "0.5"]
+        args += ["--cuda-graph-max-bs-decode", "8"]
     else:
         # float32 and unrounded activations: the judge then has to agree to rounding.
         args += ["--dtype", "float32"]
@@ -236,8 +246,7 @@ def compare(
             if reference == f"tp {result.tp}":
                 continue
             same = result.token_ids == ids
-            pairs = zip(sum(result.logprobs, []), sum(logprobs, []), strict=True)
-            worst = max(abs(a - b) for a, b in pairs)
+            worst = _largest_difference(result.logprobs, logprobs)
             key = f"{name}: tp {result.tp} against {reference}"
             story.largest_difference[key] = worst
             verdict = "identical" if same else "DIFFERENT"
@@ -269,10 +278,33 @@ def check_shards(name: str, checkpoint: Path, degrees: list[int], story: Story) 
         story.problems.append(f"{name}: {done.stderr.strip()[-2000:]}")
 
 
+def _largest_difference(one: list[list[float]], other: list[list[float]]) -> float:
+    pairs = (zip(a, b, strict=True) for a, b in zip(one, other, strict=True))
+    return max(abs(a - b) for prompt in pairs for a, b in prompt)
+
+
 def _gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("sglang-w4afp8", "sglang", "sglang-kernel", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def _cpu_environment() -> dict[str, str]:
