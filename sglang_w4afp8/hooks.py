@@ -31,6 +31,12 @@ _REGISTRATION = (
         ("'sglang.srt.plugins'",),
         "the group of our entry point",
     ),
+    _plugin(
+        f"{_QUANT}:get_quantization_config",
+        Kind.CALL,
+        ("quantization",),
+        "resolves the name to our class",
+    ),
     # Each process that builds a model must run the plugins first, or it would use the stock method.
     *(
         _plugin(
@@ -62,12 +68,7 @@ _TABLES = (
         (),
         "the dict that model loading reads, changed in place",
     ),
-    _install(
-        f"{_QUANT}:get_quantization_config",
-        Kind.CALL,
-        ("quantization",),
-        "resolves the name to our class",
-    ),
+    _install(f"{_W4AFP8}:W4AFp8Config.get_name", Kind.CALL, (), "SGLang compares it as well"),
 )
 
 _host = partial(Hook, used_by="srt/host.py")
@@ -121,7 +122,7 @@ _CONFIG = (
     ),
     *(
         _config(f"{_W4AFP8}:W4AFp8Config.{name}", Kind.OVERRIDE, (), "asked by the model loader")
-        for name in ("get_name", "get_min_capability", "get_supported_act_dtypes")
+        for name in ("get_min_capability", "get_supported_act_dtypes")
     ),
     _config(
         f"{_QUANT}.utils:is_layer_skipped",
