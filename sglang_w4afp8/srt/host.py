@@ -17,8 +17,25 @@ _FORMATS_WITHOUT_LOADER = frozenset(
 )
 
 
-def server_args() -> Any | None:
-    """SGLang's server arguments, or None outside a server."""
+def argument(name: str, default: Any = None) -> Any:
+    """The value in effect of a server argument; ``default`` where there is no server or no value.
+
+    SGLang up to 0.5.20 writes what it decides into the arguments themselves; later versions keep
+    them as the user gave them and record decisions beside them.
+    """
+    args = _server_args()
+    if args is None:
+        return default
+    try:
+        from sglang.srt.arg_groups.overrides import resolution_result
+    except ImportError:
+        value = getattr(args, name, None)
+    else:
+        value = resolution_result(args, name)
+    return default if value is None else value
+
+
+def _server_args() -> Any | None:
     from sglang.srt.runtime_context import get_server_args
 
     try:
@@ -29,7 +46,7 @@ def server_args() -> Any | None:
 
 def load_format() -> str:
     """The ``--load-format`` in effect, ``auto`` outside a server."""
-    value = getattr(server_args(), "load_format", None) or "auto"
+    value = argument("load_format", "auto")
     return str(getattr(value, "value", value)).lower()
 
 

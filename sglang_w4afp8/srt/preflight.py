@@ -7,9 +7,11 @@ parallel layout are known and nothing has been allocated.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from sglang_w4afp8.checkpoint.index import read_header
 from sglang_w4afp8.errors import ConfigError, ShardError
 from sglang_w4afp8.sharding import ExpertShard, nearest_divisors
 from sglang_w4afp8.spec import QuantSpec
@@ -26,15 +28,18 @@ def check_model(spec: QuantSpec) -> None:
 
     Raises:
         ShardError: a size does not divide.
-        ConfigError: config.json and the group size contradict.
+        ConfigError: config.json is damaged.
+        CheckpointError: a weight file is truncated or damaged.
     """
-    args = host.server_args()
-    config = _read_config(getattr(args, "model_path", None))
-    if args is None or config is None:
+    folder = host.argument("model_path")
+    config = _read_config(folder)
+    if folder is None or config is None:
         return
-    tp_size = int(getattr(args, "tp_size", 1) or 1)
-    ep_size = int(getattr(args, "ep_size", 1) or 1)
-    moe_dp_size = int(getattr(args, "moe_dp_size", 1) or 1)
+    if host.uses_weight_loaders():
+        check_files(Path(folder))
+    tp_size = int(host.argument("tp_size", 1))
+    ep_size = int(host.argument("ep_size", 1))
+    moe_dp_size = int(host.argument("moe_dp_size", 1))
     if tp_size % (ep_size * moe_dp_size):
         raise ShardError(
             f"--tp {tp_size} --ep-size {ep_size}",
@@ -48,7 +53,7 @@ def check_model(spec: QuantSpec) -> None:
         if isinstance(size, int) and isinstance(hidden_size, int):
             ExpertShard.plan(hidden_size, size, spec.group_size, 0, moe_tp_size, what=key)
     dense = config.get("intermediate_size")
-    dense_tp = getattr(args, "moe_dense_tp_size", None) or tp_size
+    dense_tp = host.argument("moe_dense_tp_size", tp_size)
     if isinstance(dense, int) and dense % dense_tp:
         raise ShardError(
             f"intermediate_size {dense} over {dense_tp} tensor-parallel ranks",
@@ -58,10 +63,21 @@ def check_model(spec: QuantSpec) -> None:
         )
 
 
+def check_files(folder: Path) -> None:
+    """Raise if a safetensors file is shorter than its own header says.
+
+    The safetensors library stops at such a file too, minutes later and with "incomplete metadata".
+    Only headers are read.
+
+    Raises:
+        CheckpointError: naming the file and both sizes.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
+
+
 def _read_config(model_path: str | None) -> dict[str, Any] | None:
     """config.json of a local checkpoint, its ``text_config`` where it has one."""
-    import json
-
     path = Path(model_path or "") / "config.json"
     if not model_path or not path.is_file():
         return None
