@@ -139,7 +139,7 @@ def hook_problems(
             continue
         try:
             found = resolve(hook.target)
-            if found is None and hook.or_else and resolve(hook.or_else):
+            if found is None and (hook.optional or (hook.or_else and resolve(hook.or_else))):
                 continue
             problem = "is missing" if found is None else check(hook, found)
         except (SyntaxError, OSError, UnicodeDecodeError) as error:

@@ -48,6 +48,7 @@ class Hook:
         callee: for SOURCE, the call as written there.
         after: for SOURCE, attributes of self that must be set by then.
         or_else: a name that may exist instead, in versions that do the same in another way.
+        optional: whether our module copes with its absence; then only its form is compared.
         every_process: False for what a process has proved by getting as far as registering.
     """
 
@@ -59,6 +60,7 @@ class Hook:
     callee: str = ""
     after: tuple[str, ...] = ()
     or_else: str = ""
+    optional: bool = False
     every_process: bool = True
 
 

@@ -74,6 +74,13 @@ _TABLES = (
 _host = partial(Hook, used_by="srt/host.py")
 _HOST = (
     _host("sglang.srt.runtime_context:get_server_args", Kind.CALL, (), "--load-format, --tp"),
+    _host(
+        "sglang.srt.arg_groups.overrides:resolution_result",
+        Kind.CALL,
+        ("server_args", "field"),
+        "arguments as SGLang decided them, where it records that beside them",
+        optional=True,
+    ),
     _host("sglang.srt.utils:is_cuda", Kind.CALL, (), "who applies routed_scaling_factor"),
     # On CUDA the method multiplies, elsewhere the model does; twice or never would be silent.
     *(

@@ -61,7 +61,7 @@ def test_renaming_any_name_is_noticed(tested_wheel: Path) -> None:
         found = problems_after(
             tested_wheel, lambda _, source, p=pattern: p.sub("renamed_upstream", source), [hook]
         )
-        assert len(found) == 1, hook.target
+        assert len(found) == (0 if hook.optional else 1), hook.target
 
 
 def test_a_call_that_goes_elsewhere_is_noticed(tested_wheel: Path) -> None:
@@ -91,6 +91,8 @@ def test_a_new_parameter_is_noticed(tested_wheel: Path) -> None:
         if hook.kind not in (Kind.OVERRIDE, Kind.CALL):
             continue
         definition = Resolver(WheelSource(tested_wheel))(hook.target)
+        if definition is None and hook.optional:
+            continue
         assert definition is not None
         is_class = isinstance(definition.node, ast.ClassDef)
         name = "__init__" if is_class else path.rpartition(".")[2]
