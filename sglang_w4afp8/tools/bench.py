@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         **_environment(options.commit),
         "command": "sglang-w4afp8 bench " + " ".join(words),
-        "ceilings": {"copy_gb_s": ceilings.copy_gb_s, "fp8_tflops": ceilings.fp8_tflops},
+        "ceilings": asdict(ceilings),
         "scheme": options.scheme,
         "rows": [],
     }
-    print(f"copy {ceilings.copy_gb_s:.0f} GB/s, FP8 {ceilings.fp8_tflops:.0f} TFLOPS", flush=True)
+    print(", ".join(f"{name} {value:.0f}" for name, value in asdict(ceilings).items()), flush=True)
     for name in options.shape:
         report["rows"] += _bench_shape(SHAPES[name], options, ceilings)
         if options.json:

@@ -31,7 +31,7 @@ def test_launches_fit_the_hardware(layer: Layer, tokens: int) -> None:
         if chosen.path == "large":
             up = chosen.launches[1]
             per_sm = up.grid[0] // 132
-            assert per_sm * (up.shared_bytes + 2048) <= plan.SM_SHARED_BYTES
+            assert per_sm * (up.shared_bytes + 6144) <= plan.SM_SHARED_BYTES
 
 
 @pytest.mark.parametrize("total", [1, 5, 131, 132, 133, 896, 6384, 17920])
@@ -50,8 +50,8 @@ def test_owners_are_those_whose_runs_meet_the_unit(total: int, per_unit: int) ->
         begin, end = unit * per_unit, (unit + 1) * per_unit
         meet = [cta for cta, run in enumerate(runs) if run[0] < end and run[1] > begin]
         assert (meet[0], meet[-1]) == plan.owners(total, ctas, unit, per_unit)
-        # Slot 1 of the partial sums is for a run that contains the unit's first stage; a CTA needs
-        # one of each at most.
+        # The CTA that starts a unit finishes it; every other one has it at the beginning of its
+        # run, so that one place for a published sum is enough.
         for cta in meet:
             assert (runs[cta][0] <= begin) == (cta == meet[0])
 

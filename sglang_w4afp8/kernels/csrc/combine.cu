@@ -4,6 +4,7 @@
 #include "primitives.cuh"
 
 constexpr int kThreads = 128;
+constexpr int kAtOnce = 8;
 
 struct CombineParams {
   const u16* y;          // (M * top_k, hidden) bfloat16; rows of skipped pairs are never read
@@ -18,28 +19,45 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     w4a8_combine(const __grid_constant__ CombineParams p) {
   const int token = blockIdx.x;
   const int column = (blockIdx.y * kThreads + threadIdx.x) * 8;
-  pdl_wait();
-  pdl_trigger();
-  if (column >= p.hidden) return;
   float sum[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
-#pragma unroll 8
-  for (int k = 0; k < p.top_k; ++k) {
-    const int pair = token * p.top_k + k;
-    const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
-                                      : static_cast<const int*>(p.ids)[pair];
-    if (id < 0 || id >= p.experts) continue;
-    const float weight = p.weights[pair];
-    const uint4 v = __ldcg(
-        reinterpret_cast<const uint4*>(p.y + static_cast<u64>(pair) * p.hidden + column));
-    const u32 w[4] = {v.x, v.y, v.z, v.w};
+  for (int first = 0; first < p.top_k; first += kAtOnce) {
+    // Routing is older than the kernel in front; only y has to be waited for.
+    float weight[kAtOnce];
+    bool used[kAtOnce];
+    uint4 v[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[2 * i] += weight * bf16_low(w[i]);
-      sum[2 * i + 1] += weight * bf16_high(w[i]);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int pair = token * p.top_k + first + k;
+      used[k] = first + k < p.top_k;
+      if (!used[k]) continue;
+      const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
+                                        : static_cast<const int*>(p.ids)[pair];
+      weight[k] = p.weights[pair];
+      used[k] = id >= 0 && id < p.experts && column < p.hidden;
+    }
+    if (first == 0) {
+      pdl_wait();
+      pdl_trigger();
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const u64 pair = static_cast<u64>(token) * p.top_k + first + k;
+      if (used[k]) v[k] = __ldcg(reinterpret_cast<const uint4*>(p.y + pair * p.hidden + column));
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (!used[k]) continue;
+      const u32 w[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += weight[k] * bf16_low(w[i]);
+        sum[2 * i + 1] += weight[k] * bf16_high(w[i]);
+      }
     }
   }
+  if (column >= p.hidden) return;
   u32 r[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) r[i] = pack_bf16(p.factor * sum[2 * i], p.factor * sum[2 * i + 1]);

@@ -1,13 +1,14 @@
-// First kernel of the large-batch path: token lists of each expert, and x in FP8.
+// First kernel of the large-batch path: columns of every token tile, and x in FP8.
 //
 // Block 0 sorts the (token, k) pairs by expert, in pair order inside an expert, so that the result
-// does not depend on timing; it cuts each expert's list into tiles of `tile_tokens` columns for the
-// matrix kernels. The other blocks quantise one row of x each.
+// does not depend on timing; each expert's pairs fill tiles of `tile_tokens` columns. The other
+// blocks quantise one row of x each.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
+constexpr int kKept = 8;  // ids per lane that stay in registers: 4096 pairs
 
 struct RouteParams {
   const u16* x;          // (M, hidden) bfloat16
@@ -16,80 +17,92 @@ struct RouteParams {
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
   int* header;           // [0] number of tiles
-  int4* tiles;           // {expert, first place in sorted, tokens, 0}
-  int* sorted;           // pair numbers t * top_k + k
+  int* tile_expert;      // (tiles)
+  int* columns;          // (tiles, tile_tokens) pair numbers t * top_k + k, or -1
   int pairs, hidden, experts, tile_tokens, ids_are_64;
 };
 
-__device__ __forceinline__ int expert_of(const RouteParams& p, int pair) {
+__device__ __forceinline__ int expert_of(const RouteParams& p, int pair, int end) {
+  if (pair >= end) return -1;
   const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
                                     : static_cast<const int*>(p.ids)[pair];
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
-__device__ void sort_pairs(const RouteParams& p) {
-  __shared__ int counts[kWarps][kMaxExperts];
-  __shared__ int sums[2][kWarps];
+__device__ void sort_pairs(const RouteParams& p, int (*counts)[kMaxExperts], int* sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  for (int i = tid; i < kWarps * kMaxExperts; i += kThreads) (&counts[0][0])[i] = 0;
-  __syncthreads();
-
   // Each warp walks its own contiguous run of pairs, so warp order is pair order.
   const int run = (p.pairs + kWarps - 1) / kWarps;
   const int begin = warp * run, end = min(p.pairs, begin + run);
-  for (int base = begin; base < end; base += 32) {
-    const int e = base + lane < end ? expert_of(p, base + lane) : -1;
+  int kept[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) kept[i] = expert_of(p, begin + i * 32 + lane, end);
+  for (int i = tid; i < kWarps * kMaxExperts / 4; i += kThreads) {
+    reinterpret_cast<int4*>(&counts[0][0])[i] = make_int4(0, 0, 0, 0);
+  }
+  __syncthreads();
+  auto each = [&](auto&& body) {
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      if (begin + i * 32 < end) body(kept[i], begin + i * 32 + lane);
+    }
+    for (int base = begin + kKept * 32; base < end; base += 32) {
+      body(expert_of(p, base + lane, end), base + lane);
+    }
+  };
+  each([&](int e, int) {
     const u32 same = __match_any_sync(0xffffffffu, e);
     if (e >= 0 && lane == __ffs(same) - 1) counts[warp][e] += __popc(same);
     __syncwarp();
-  }
+  });
   __syncthreads();
 
-  // Thread e: places of expert e's pairs per warp, then sums over experts by two scans.
-  int tokens = 0;
+  // Thread e: expert e's pairs before each warp's, and its first tile by a scan over experts.
+  int before[kWarps], tokens = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) before[w] = counts[w][tid];
+#pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    const int n = counts[w][tid];
-    counts[w][tid] = tokens;
+    const int n = before[w];
+    before[w] = tokens;
     tokens += n;
   }
   const int tiles = (tokens + p.tile_tokens - 1) / p.tile_tokens;
-  int token_sum = tokens, tile_sum = tiles;
+  int sum = tiles;
   for (int d = 1; d < 32; d <<= 1) {
-    const int a = __shfl_up_sync(0xffffffffu, token_sum, d);
-    const int b = __shfl_up_sync(0xffffffffu, tile_sum, d);
-    if (lane >= d) token_sum += a, tile_sum += b;
+    const int left = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += left;
   }
-  if (lane == 31) sums[0][warp] = token_sum, sums[1][warp] = tile_sum;
+  if (lane == 31) sums[warp] = sum;
   __syncthreads();
-  int first = token_sum - tokens, tile = tile_sum - tiles;
-  for (int w = 0; w < warp; ++w) first += sums[0][w], tile += sums[1][w];
+  int tile = sum - tiles;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) tile += w < warp ? sums[w] : 0;
   if (tid == kThreads - 1) p.header[0] = tile + tiles;
-  for (int i = 0; i < tiles; ++i) {
-    const int at = i * p.tile_tokens;
-    p.tiles[tile + i] = make_int4(tid, first + at, min(p.tile_tokens, tokens - at), 0);
-  }
-  for (int w = 0; w < kWarps; ++w) counts[w][tid] += first;
+  const int place = tile * p.tile_tokens;
+  for (int i = 0; i < tiles; ++i) p.tile_expert[tile + i] = tid;
+  for (int i = tokens; i < tiles * p.tile_tokens; ++i) p.columns[place + i] = -1;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) counts[w][tid] = before[w] + place;
   __syncthreads();
 
-  for (int base = begin; base < end; base += 32) {
-    const int e = base + lane < end ? expert_of(p, base + lane) : -1;
+  each([&](int e, int pair) {
     const u32 same = __match_any_sync(0xffffffffu, e);
-    const int before = __popc(same & ((1u << lane) - 1));
-    if (e >= 0) p.sorted[counts[warp][e] + before] = base + lane;
+    const int rank = __popc(same & ((1u << lane) - 1));
+    if (e >= 0) p.columns[counts[warp][e] + rank] = pair;
     __syncwarp();
-    if (e >= 0 && before == 0) counts[warp][e] += __popc(same);
+    if (e >= 0 && rank == 0) counts[warp][e] += __popc(same);
     __syncwarp();
-  }
+  });
 }
 
-__device__ void quantize_row(const RouteParams& p, int token) {
+__device__ void quantize_row(const RouteParams& p, int token, float* amaxes) {
   const int tid = threadIdx.x;
   const u16* row = p.x + static_cast<u64>(token) * p.hidden;
   float scale;
   if (p.a_scale != nullptr) {
     scale = *p.a_scale;
   } else {
-    __shared__ float amaxes[kWarps];
     float amax = 0.0f;
     for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
       const uint4 v = *reinterpret_cast<const uint4*>(row + k);
@@ -107,6 +120,7 @@ __device__ void quantize_row(const RouteParams& p, int token) {
   }
   if (tid == 0) p.x_scale[token] = scale;
   u8* out = p.xq + static_cast<u64>(token) * p.hidden;
+#pragma unroll 2
   for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
     const uint4 v = *reinterpret_cast<const uint4*>(row + k);
     const u32 w[4] = {v.x, v.y, v.z, v.w};
@@ -121,11 +135,14 @@ __device__ void quantize_row(const RouteParams& p, int token) {
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     w4a8_route(const __grid_constant__ RouteParams p) {
+  __shared__ __align__(16) int counts[kWarps][kMaxExperts];
+  __shared__ int sums[kWarps];
   pdl_wait();
+  // The next kernel may read ids, x's scale and nothing else before its own wait.
   pdl_trigger();
   if (blockIdx.x == 0) {
-    sort_pairs(p);
+    sort_pairs(p, counts, sums);
   } else {
-    quantize_row(p, blockIdx.x - 1);
+    quantize_row(p, blockIdx.x - 1, reinterpret_cast<float*>(sums));
   }
 }

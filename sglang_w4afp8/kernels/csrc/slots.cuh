@@ -21,8 +21,13 @@ struct Slots {
 };
 
 __device__ __forceinline__ int slot_of(const Slots& s, int expert) {
-  int n = __popc(s.hit[expert >> 5] & ((1u << (expert & 31)) - 1));
-  for (int i = 0; i < (expert >> 5); ++i) n += __popc(s.hit[i]);
+  const int word = expert >> 5;
+  const u32 below = (1u << (expert & 31)) - 1;
+  int n = 0;
+#pragma unroll
+  for (int i = 0; i < kMaxExperts / 32; ++i) {  // all words at once, no chain of loads
+    n += __popc(s.hit[i] & (i < word ? 0xffffffffu : i == word ? below : 0u));
+  }
   return n;
 }
 

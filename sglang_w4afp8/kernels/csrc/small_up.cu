@@ -33,6 +33,16 @@ __device__ __forceinline__ u32 token_offset(int t, int i, int width) {
   return (t >> 3) * width * 8 + (i >> 4) * 128 + (t & 7) * 16 + (i & 15);
 }
 
+__device__ __forceinline__ void put_tokens(u8* at, uint4 v, float scale) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+  u32 q[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    q[c] = pack_e4m3(__fdiv_rn(bf16_low(w[c]), scale), __fdiv_rn(bf16_high(w[c]), scale));
+  }
+  *reinterpret_cast<uint2*>(at) = make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
+}
+
 // Puts the tokens' columns of all stages in [first, last) into shared memory as E4M3.
 __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, float* scales,
                                             float (*amaxes)[kConsumers / 32], int first,
@@ -52,12 +62,10 @@ __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, 
       }
       for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
       if (lane == 0) amaxes[t][warp] = amax;
-    } else if (tid == 0) {
-      scales[t] = *p.a_scale;
     }
   }
-  named_sync(3, kConsumers);
   if (p.dynamic) {
+    named_sync(3, kConsumers);
     if (tid < p.batch.tokens) {
       float amax = 0.0f;
       for (int w = 0; w < kConsumers / 32; ++w) amax = fmaxf(amax, amaxes[tid][w]);
@@ -72,16 +80,8 @@ __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, 
     const int t = j / wanted;
     int i = first % per_unit * per_stage + (j - t * wanted);
     if (i >= vectors) i -= vectors;
-    const uint4 v = reinterpret_cast<const uint4*>(p.x + static_cast<u64>(t) * p.k)[i];
-    const u32 w[4] = {v.x, v.y, v.z, v.w};
-    const float scale = scales[t];
-    u32 q[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      q[c] = pack_e4m3(__fdiv_rn(bf16_low(w[c]), scale), __fdiv_rn(bf16_high(w[c]), scale));
-    }
-    *reinterpret_cast<uint2*>(tokens + token_offset(t, i * 8, p.k)) =
-        make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
+    put_tokens(tokens + token_offset(t, i * 8, p.k),
+               reinterpret_cast<const uint4*>(p.x + static_cast<u64>(t) * p.k)[i], scales[t]);
   }
   fence_async_proxy();
   named_sync(3, kConsumers);
@@ -111,11 +111,10 @@ __device__ void produce(const SmallUpParams& p, const Slots& slots, u32 ring, u3
 }
 
 __device__ void finish_up(const SmallUpParams& p, float (&acc)[S::kAcc], int slot, int row_tile,
-                          const float* scales, u32* flag) {
+                          const float* scales, float q_scale, u32* flag) {
   const int thread = threadIdx.x & 127, group = threadIdx.x >> 7;
   const int g = (thread & 31) >> 2, c0 = (thread & 3) * 2;
   const int width = p.rows / 2, f = row_tile * 32 + (thread >> 5) * 8 + g;
-  const float q_scale = p.dynamic ? 1.0f : *p.q_scale;
   u8* q = p.q + static_cast<u64>(slot) * S::kTokens * width;
   float* inner = p.inner + static_cast<u64>(slot) * S::kTokens * width;
 #pragma unroll
@@ -158,8 +157,24 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
     }
     barrier_init_fence();
   }
+  const bool consumer = threadIdx.x < kConsumers;
+  const float a_scale = p.dynamic ? 1.0f : *p.a_scale;
+  const float q_scale = p.dynamic ? 1.0f : *p.q_scale;
   pdl_wait();
   pdl_trigger();  // the next kernel reads ids and weights before its own wait: they are there
+  // One short batch with a static scale: its loads are on their way while the slots are found.
+  constexpr int kAhead = 4;
+  const int vectors = p.batch.tokens * (p.k / 8);
+  const bool ahead = !p.dynamic && vectors <= kAhead * kConsumers;
+  uint4 held[kAhead];
+  if (ahead && consumer) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int at = threadIdx.x + i * kConsumers;
+      held[i] = at < vectors ? reinterpret_cast<const uint4*>(p.x)[at] : make_uint4(0, 0, 0, 0);
+    }
+  }
+  if (threadIdx.x < p.batch.tokens && !p.dynamic) scales[threadIdx.x] = a_scale;
   find_slots(p.batch, slots);
   const int per_unit = p.join.stages_per_unit;
   const long long total = static_cast<long long>(slots.count) * p.blocks * per_unit;
@@ -168,12 +183,24 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   if (cta >= ctas) return;
   const int first = static_cast<int>(run_start(total, cta, ctas));
   const int last = static_cast<int>(run_start(total, cta + 1, ctas));
-  if (threadIdx.x >= kConsumers) {
+  if (!consumer) {
     if (threadIdx.x == kConsumers) produce(p, slots, ring, bars, first, last);
     return;
   }
 
-  load_tokens(p, tokens, scales, amaxes, first, last);
+  if (ahead) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int at = threadIdx.x + i * kConsumers, t = at / (p.k / 8);
+      if (at < vectors) {
+        put_tokens(tokens + token_offset(t, (at - t * (p.k / 8)) * 8, p.k), held[i], a_scale);
+      }
+    }
+    fence_async_proxy();
+    named_sync(3, kConsumers);
+  } else {
+    load_tokens(p, tokens, scales, amaxes, first, last);
+  }
   const int thread = threadIdx.x & 127, group = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const u32 w_at = group * S::kTileBytes + thread * 16;
   const u32 s_at = kWeightBytes + group * S::kTileScaleBytes +
@@ -200,8 +227,10 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
     n += steps;
     const int row_tile = unit % p.blocks * 2 + group;
     u32* flag = flags + group;
-    if (steps == per_unit || join_parts(p.join, acc, total, ctas, unit, step == 0, flag)) {
-      if (row_tile < p.rows / 64) finish_up(p, acc, unit / p.blocks, row_tile, scales, flag);
+    if (steps == per_unit || join_parts(p.join, acc, total, ctas, unit, step == 0)) {
+      if (row_tile < p.rows / 64) {
+        finish_up(p, acc, unit / p.blocks, row_tile, scales, q_scale, flag);
+      }
     }
   }
 }

@@ -3,8 +3,8 @@
 #include "primitives.cuh"
 
 struct Join {
-  float* partial;       // (2 * CTAs, 2, accumulators, 128)
-  u32* unit_count;      // (units, 2), zero between launches
+  float* partial;       // (CTAs, 2, accumulators, 128)
+  u32* ready;           // (CTAs, 2), zero between launches
   int stages_per_unit;
 };
 
@@ -35,38 +35,55 @@ __device__ __forceinline__ float quantize_row(const float* row, int width, Store
 
 // Counts this warpgroup in; true for the one that completes `target`, which resets the count.
 __device__ __forceinline__ bool last_to_arrive(u32* count, u32 target, int group, u32* flag) {
-  __threadfence();
   named_sync(1 + group, 128);
   if ((threadIdx.x & 127) == 0) {
+    __threadfence();
     const u32 before = atomicAdd(count, 1u);
     if (before == target - 1) *count = 0;
     *flag = before == target - 1;
+    __threadfence();
   }
   named_sync(1 + group, 128);
-  const bool last = *flag != 0;
-  __threadfence();
-  return last;
+  return *flag != 0;
 }
 
-// Adds up a unit that several CTAs worked on, in the order of K. True where acc is complete.
+// A unit whose K several CTAs share is finished by the one that starts it, which has it at the end
+// of its run; the others have theirs at the beginning and have long published when it asks. Nobody
+// who publishes waits for anybody, so the CTAs need not all be resident.
+//
+// Returns true where acc is the whole sum, added in the order of K.
 template <int kAcc>
 __device__ bool join_parts(const Join& p, float (&acc)[kAcc], long long total, int ctas, int unit,
-                           bool starts, u32* flag) {
+                           bool starts) {
   const int thread = threadIdx.x & 127, group = threadIdx.x >> 7;
   constexpr int kSlot = 2 * kAcc * 128;
+  float* slot = p.partial + group * kAcc * 128 + thread;
+  if (!starts) {
+    float* mine = slot + static_cast<u64>(blockIdx.x) * kSlot;
+#pragma unroll
+    for (int i = 0; i < kAcc; ++i) __stcg(mine + i * 128, acc[i]);
+    named_sync(1 + group, 128);
+    if (thread == 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      asm volatile("st.relaxed.gpu.u32 [%0], 1;" ::"l"(p.ready + blockIdx.x * 2 + group)
+                   : "memory");
+    }
+    return false;
+  }
   const long long begin = static_cast<long long>(unit) * p.stages_per_unit;
-  const int first = static_cast<int>(((begin + 1) * ctas - 1) / total);
   const int last = static_cast<int>(((begin + p.stages_per_unit) * ctas - 1) / total);
-  float* mine = p.partial + (static_cast<u64>(blockIdx.x) * 2 + (starts ? 1 : 0)) * kSlot +
-                group * kAcc * 128 + thread;
-#pragma unroll
-  for (int i = 0; i < kAcc; ++i) __stcg(mine + i * 128, acc[i]);
-  if (!last_to_arrive(p.unit_count + unit * 2 + group, last - first + 1, group, flag)) return false;
-#pragma unroll
-  for (int i = 0; i < kAcc; ++i) acc[i] = 0.0f;
+  const int first = blockIdx.x + 1;
+  if (thread <= last - first) {
+    u32* ready = p.ready + (first + thread) * 2 + group;
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(ready) : "memory");
+    } while (seen == 0);
+    *ready = 0;
+  }
+  named_sync(1 + group, 128);
   for (int cta = first; cta <= last; ++cta) {
-    const float* from = p.partial + (static_cast<u64>(cta) * 2 + (cta == first ? 1 : 0)) * kSlot +
-                        group * kAcc * 128 + thread;
+    const float* from = slot + static_cast<u64>(cta) * kSlot;
 #pragma unroll
     for (int i = 0; i < kAcc; ++i) acc[i] += __ldcg(from + i * 128);
   }

@@ -7,12 +7,13 @@ allocator, so a CUDA graph that captures it owns what it needs and replays witho
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from sglang_w4afp8.kernels.hopper.driver import function
-from sglang_w4afp8.kernels.hopper.plan import Launch, Layer, Plan, plan
+from sglang_w4afp8.kernels.hopper.plan import Kernel, Launch, Layer, Plan, plan
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -20,7 +21,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 class _Join(ctypes.Structure):
     """``Join`` in units.cuh."""
 
-    _fields_ = (("partial", _P), ("unit_count", _P), ("stages_per_unit", _I))
+    _fields_ = (("partial", _P), ("ready", _P), ("stages_per_unit", _I))
 
 
 class _Batch(ctypes.Structure):
@@ -36,7 +37,7 @@ class _RouteParams(ctypes.Structure):
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("header", _P),
-        ("tiles", _P), ("sorted", _P), ("pairs", _I), ("hidden", _I), ("experts", _I),
+        ("tile_expert", _P), ("columns", _P), ("pairs", _I), ("hidden", _I), ("experts", _I),
         ("tile_tokens", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
@@ -45,10 +46,11 @@ class _GemmParams(ctypes.Structure):
     """``GemmParams`` in gemm.cu."""
 
     _fields_ = (
-        ("w", _P), ("scales", _P), ("b", _P), ("header", _P), ("tiles", _P), ("sorted", _P),
-        ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
-        ("y", _P), ("join", _Join), ("tile_count", _P), ("rows", _I), ("k", _I), ("blocks", _I),
-        ("top_k", _I), ("ring", _I), ("dynamic", _I),
+        ("w", _P), ("scales", _P), ("b", _P), ("ids", _P), ("header", _P), ("tile_expert", _P),
+        ("columns", _P), ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P),
+        ("inner", _P), ("y", _P), ("join", _Join), ("tile_count", _P), ("rows", _I), ("k", _I),
+        ("blocks", _I), ("top_k", _I), ("ring", _I), ("dynamic", _I), ("pairs", _I),
+        ("experts", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
 
@@ -149,12 +151,17 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _partial_bytes(launch: Launch) -> int:
-    # 2 pieces per CTA, 2 warpgroups, columns / 2 accumulators, 128 threads, FP32
-    return launch.grid[0] * 2 * 2 * (launch.tokens // 2) * 128 * 4
+    # 2 warpgroups of a CTA, columns / 2 accumulators, 128 threads, FP32
+    return launch.grid[0] * 2 * (launch.tokens // 2) * 128 * 4
 
 
 def launches(
-    layer: Layer, t: Tensors, out: torch.Tensor, factor: float, path: str | None = None
+    layer: Layer,
+    t: Tensors,
+    out: torch.Tensor,
+    factor: float,
+    path: str | None = None,
+    tune: Callable[[Plan], Plan] | None = None,
 ) -> list[tuple[Launch, ctypes.Structure]]:
     """The launches of a call with their arguments, in order. They share one workspace.
 
@@ -164,10 +171,12 @@ def launches(
         out: ``(M, hidden)`` bfloat16, written.
         factor: ``routed_scaling_factor``.
         path: see :func:`sglang_w4afp8.kernels.hopper.plan.plan`.
+        tune: changes the plan; for experiments.
     """
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     chosen = plan(layer, t.x.shape[0], sms, path)
+    chosen = tune(chosen) if tune else chosen
     fill = _small if chosen.path == "small" else _large
     return fill(layer, chosen, t, out, factor)
 
@@ -210,7 +219,7 @@ def _small(
             "partial": _partial_bytes(up),
         },
     )
-    counts = counters(t.x.device, chosen.units * 2 + chosen.tiles)
+    counts = counters(t.x.device, up.grid[0] * 2 + chosen.tiles)
     at = space.at
     batch = _Batch(
         t.topk_ids.data_ptr(),
@@ -222,7 +231,7 @@ def _small(
     up_parameters = _SmallUpParams(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), _pointer(t.w13_input_scale),
         _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
-        _Join(at["partial"], counts, layer.up.stages_per_unit), counts + chosen.units * 8, batch,
+        _Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
         2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
     )  # fmt: skip
     down_parameters = _SmallDownParams(
@@ -246,8 +255,8 @@ def _large(
         t.x.device,
         {
             "header": 16,
-            "tiles": chosen.tiles * 16,
-            "sorted": pairs * 4,
+            "tile_expert": chosen.tiles * 4,
+            "columns": chosen.tiles * up.tokens * 4,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
             "q": pairs * layer.inner,
@@ -257,9 +266,9 @@ def _large(
             "partial": _partial_bytes(up),
         },
     )
-    counts = counters(t.x.device, chosen.units * 2 + chosen.tiles)
+    counts = counters(t.x.device, up.grid[0] * 2 + chosen.tiles)
     at = space.at
-    lists = (at["header"], at["tiles"], at["sorted"])
+    lists = (at["header"], at["tile_expert"], at["columns"])
     join = _Join(at["partial"], counts, layer.up.stages_per_unit)
     dynamic = int(layer.dynamic)
     route_parameters = _RouteParams(
@@ -267,17 +276,18 @@ def _large(
         layer.hidden, layer.experts, up.tokens, ids_are_64,
     )  # fmt: skip
     up_parameters = _GemmParams(
-        t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], *lists, at["x_scale"],
-        _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"], None, join,
-        counts + chosen.units * 8, 2 * layer.inner, layer.hidden, layer.up.blocks, layer.top_k,
-        up.ring, dynamic,
+        t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], ids, *lists,
+        at["x_scale"] if dynamic else _pointer(t.w13_input_scale), _pointer(t.w2_input_scale),
+        at["q"], at["row_scale"], at["inner"], None, join, counts + up.grid[0] * 8,
+        2 * layer.inner, layer.hidden, layer.up.blocks, layer.top_k, up.ring, dynamic, pairs,
+        layer.experts, ids_are_64,
     )  # fmt: skip
     down_join = _Join(None, None, layer.down.stages_per_unit)
     down_parameters = _GemmParams(
-        t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], *lists,
+        t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], ids, *lists,
         at["row_scale"] if dynamic else _pointer(t.w2_input_scale), None, None, None, None,
         at["y"], down_join, None, layer.hidden, layer.inner, layer.down.blocks, layer.top_k,
-        down.ring, dynamic,
+        down.ring, dynamic, pairs, layer.experts, ids_are_64,
     )  # fmt: skip
     combine_parameters = _CombineParams(
         at["y"], t.topk_weights.data_ptr(), ids, out.data_ptr(), factor, layer.hidden,
@@ -290,3 +300,24 @@ def _large(
         (down, down_parameters),
         (combine, combine_parameters),
     ]
+
+
+class _CeilingParams(ctypes.Structure):
+    """``CeilingParams`` in ceiling.cu."""
+
+    _fields_ = (("data", _P), ("chunks", _I))
+
+
+def stream(data: torch.Tensor) -> None:
+    """Read ``data`` (bytes, a multiple of 16 KB) into shared memory and drop it, for the bench."""
+    sms = torch.cuda.get_device_properties(data.device).multi_processor_count
+    kernel = Kernel("ceiling.cu", "w4a8_ceiling")
+    start(
+        [
+            (
+                Launch(kernel, (2 * sms, 1), 32, 6 * (16_384 + 8)),
+                _CeilingParams(data.data_ptr(), data.numel() // 16_384),
+            )
+        ],
+        data.device,
+    )

@@ -23,6 +23,8 @@ CTA_SHARED_BYTES = 232_448
 CONSUMERS = 256
 THREADS = CONSUMERS + 32
 BARRIER_BYTES = 16
+STATIC_BYTES = 6_144
+"""Room for a kernel's own tables."""
 
 SMALL_TOKENS = 8
 MAX_SMALL_TOP_K = 16
@@ -104,13 +106,11 @@ class Plan:
     Attributes:
         path: ``small`` or ``large``.
         launches: in stream order.
-        units: most work units that ``unit_count`` counts.
         tiles: most token tiles (large) or slots (small).
     """
 
     path: str
     launches: tuple[Launch, ...]
-    units: int
     tiles: int
 
 
@@ -210,7 +210,6 @@ def _small(layer: Layer, tokens: int, sms: int) -> Plan | None:
                 columns,
             ),
         ),
-        slots * up.blocks,
         slots,
     )
 
@@ -219,7 +218,7 @@ def _large(layer: Layer, tokens: int, sms: int) -> Plan:
     columns = _tile_tokens(layer, tokens)
     # The register files hold two CTAs of the narrow kernels.
     per_sm = 2 if columns <= 16 else 1
-    most = min(CTA_SHARED_BYTES, SM_SHARED_BYTES // per_sm - 1024) - 1024
+    most = min(CTA_SHARED_BYTES, SM_SHARED_BYTES // per_sm - 1024) - STATIC_BYTES
     matrix = []
     for up in (True, False):
         shape = layer.up if up else layer.down
@@ -248,7 +247,6 @@ def _large(layer: Layer, tokens: int, sms: int) -> Plan:
             *matrix,
             Launch(COMBINE, (tokens, vectors), COMBINE_THREADS),
         ),
-        tiles * layer.up.blocks,
         tiles,
     )
 
