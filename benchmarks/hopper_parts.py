@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,38 @@ import torch
 
 from sglang_w4afp8.kernels.hopper import launch
 from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
-from sglang_w4afp8.kernels.hopper.plan import Layer
+from sglang_w4afp8.kernels.hopper.plan import Layer, Plan
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools import bench_moe
 
 
-def _measure(shape: bench_moe.Shape, tokens: int, path: str, dynamic: bool) -> dict[str, Any]:
+def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
+    """A plan with other sizes: ``up_ring=3``, ``down_ring=5``, ``up_ctas=132``, ``down_ctas=132``."""
+    wishes = {name: int(value) for name, _, value in (word.partition("=") for word in words)}
+
+    def tune(chosen: Plan) -> Plan:
+        launches = list(chosen.launches)
+        first = 0 if chosen.path == "small" else 1
+        for number, side in ((first, "up"), (first + 1, "down")):
+            old = launches[number]
+            ring = wishes.get(f"{side}_ring", old.ring)
+            # Tokens that stay in shared memory come before the ring and do not change with it.
+            held = old.tokens * wishes["hidden"] if chosen.path == "small" and side == "up" else 0
+            shared = held + (old.shared_bytes - held) // old.ring * ring
+            grid = (wishes.get(f"{side}_ctas", old.grid[0]), 1)
+            if chosen.path == "small" and side == "down":
+                grid = old.grid
+            launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid)
+        return replace(chosen, launches=tuple(launches))
+
+    return tune
+
+
+def _measure(
+    shape: bench_moe.Shape, tokens: int, path: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    dynamic = options.dynamic
+    tune = _tuned([*options.tune, f"hidden={shape.hidden}"])
     scheme = ActivationScheme.DYNAMIC_PER_TOKEN if dynamic else ActivationScheme.STATIC
     layer = Layer(
         shape.experts, shape.hidden, shape.inner, shape.group, shape.inner_group, shape.top_k,
@@ -43,7 +71,7 @@ def _measure(shape: bench_moe.Shape, tokens: int, path: str, dynamic: bool) -> d
             w.w13_input_scale, w.w2_input_scale,
         )  # fmt: skip
         outs.append(torch.full_like(call.x, float("nan")))
-        work.append(launch.launches(layer, tensors, outs[-1], 1.0, path))
+        work.append(launch.launches(layer, tensors, outs[-1], 1.0, path, tune))
     device = calls[0].x.device
 
     def whole(first_depends: bool) -> None:
@@ -53,12 +81,12 @@ def _measure(shape: bench_moe.Shape, tokens: int, path: str, dynamic: bool) -> d
     whole(False)
     error = max(bench_moe.relative_error(outs[i], wanted[i]) for i in range(2))
     row: dict[str, Any] = {"shape": shape.name, "m": tokens, "path": path, "error": error}
-    row["dynamic"] = dynamic
+    row |= {"dynamic": dynamic, "tune": " ".join(options.tune)}
     if not error < 1e-2:
         return row
     row["layer_us"] = _median(lambda: whole(False), count)
     row["chained_us"] = _median(lambda: whole(True), count)
-    for number, (part, _) in enumerate(work[0]):
+    for number, (part, _) in enumerate(work[0] if options.parts else []):
         name = f"{number}:{part.kernel.entry}"
         row[name] = _median(
             lambda n=number: [launch.start([item[n]], device) for item in work], count
@@ -93,6 +121,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--path", nargs="+", default=["small", "large"])
     parser.add_argument("--dynamic", action="store_true")
+    parser.add_argument("--tune", nargs="*", default=[], help="see _tuned")
+    parser.add_argument("--parts", action="store_true", help="time each launch alone, too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
@@ -101,7 +131,7 @@ def main() -> None:
             for path in options.path:
                 if path == "small" and tokens > 16:
                     continue
-                row = _measure(bench_moe.SHAPES[name], tokens, path, options.dynamic)
+                row = _measure(bench_moe.SHAPES[name], tokens, path, options)
                 rows.append(row)
                 print(
                     " ".join(

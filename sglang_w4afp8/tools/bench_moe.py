@@ -258,9 +258,9 @@ def measure_ceilings() -> Ceilings:
         return torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
     product_us, _ = spread(graph_times_us(product, 1, 10))
-    return Ceilings(
-        (2 << 30) / read / 1e3, 2 * (2 << 30) / copy / 1e3, 2 * size**3 / product_us / 1e6
-    )
+    size_gb = (2 << 30) / 1e9
+    tflop = 2 * size**3 / 1e12
+    return Ceilings(size_gb / read * 1e6, 2 * size_gb / copy * 1e6, tflop / product_us * 1e6)
 
 
 def private_copy(weights: MoEWeights) -> MoEWeights:

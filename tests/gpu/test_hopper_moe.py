@@ -24,9 +24,9 @@ pytestmark = [
     ),
 ]
 
-# BF16 rounding gives 2e-3. The rest are E4M3 codes that fall on the other side of a rounding boundary
-# because the matrix unit keeps about 14 bits of a sum: up to 5e-3 where many experts average it out,
-# more where few tokens or one expert make up the result.
+# BF16 rounding gives 2e-3. The rest are E4M3 codes that fall on the other side of a rounding
+# boundary because the matrix unit keeps about 14 bits of a sum: up to 5e-3 where many experts
+# average it out, more where few tokens or one expert make up the result.
 TOLERANCE = 1.2e-2
 
 

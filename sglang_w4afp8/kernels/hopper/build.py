@@ -116,7 +116,8 @@ def _compile_nvrtc(library: ctypes.CDLL, kernel: Kernel) -> bytes:
         )
     )
     try:
-        options = [f"--gpu-architecture={ARCH}", *_options(kernel)]
+        # Without the second option NVRTC takes a generic lambda for a host function.
+        options = [f"--gpu-architecture={ARCH}", "-default-device", *_options(kernel)]
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         size = ctypes.c_size_t()
         if library.nvrtcCompileProgram(program, len(options), array):
