@@ -25,7 +25,7 @@ from sglang_w4afp8.tools import bench_moe
 
 
 def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
-    """A plan with other sizes: ``up_ring=3``, ``down_ring=5``, ``up_ctas=132``, ``down_ctas=132``."""
+    """A plan with other sizes, say ``up_ring=3 down_ring=5 up_ctas=132 down_ctas=132``."""
     wishes = {name: int(value) for name, _, value in (word.partition("=") for word in words)}
 
     def tune(chosen: Plan) -> Plan:
