@@ -19,6 +19,7 @@ Nothing here is imported unless ``SGLANG_PLATFORM`` asks for the platform by nam
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from typing import Any
@@ -71,10 +72,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
         Environment variables set here reach the ranks, which the launcher spawns later.
         """
-        world_size = server_args.dp_size * server_args.tp_size * server_args.pp_size
-        # SGLang demands one CPU list per rank as soon as ranks outnumber NUMA nodes. The lists
+        # SGLang demands a CPU list per rank as soon as ranks outnumber NUMA nodes. The lists
         # themselves are only read by the AMX engine.
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["0"] * world_size))
+        lists = "|".join(["0"] * _cpu_lists(server_args))
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", lists)
         # Ranks share the cores; spinning OpenMP threads cost a factor of two to six in latency.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -127,6 +128,15 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
             from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 
             return PagedTokenToKVPoolAllocator
+
+
+def _cpu_lists(server_args: Any) -> int:
+    """How many CPU lists SGLang wants: one per TP rank, later one per rank of the world."""
+    from sglang.srt.utils.numa_utils import init_threads_binding
+
+    if "tp_size" in inspect.signature(init_threads_binding).parameters:
+        return server_args.tp_size
+    return server_args.dp_size * server_args.tp_size * server_args.pp_size
 
 
 def _keep_model_sizes() -> None:
