@@ -12,6 +12,7 @@ import torch
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.quantize import fp8
+from sglang_w4afp8.quantize.gptq import quantize_gptq
 from sglang_w4afp8.quantize.metrics import ErrorStats
 from sglang_w4afp8.quantize.mse import quantize_mse
 from sglang_w4afp8.quantize.rtn import quantize_rtn
@@ -104,6 +105,7 @@ def quantize_weight(
     method: str = "mse",
     group_size: int = 128,
     full_range: bool = False,
+    factor: torch.Tensor | None = None,
     name: str = "weight",
 ) -> tuple[torch.Tensor, torch.Tensor, ErrorStats]:
     """Quantise one matrix to INT4 groups.
@@ -113,9 +115,10 @@ def quantize_weight(
             ``group_size``.
         scale: float32 block scales ``(ceil(N/n), ceil(K/k))`` of an FP8 weight.
         block: ``(n, k)`` when ``scale`` is given.
-        method: ``rtn`` or ``mse`` (``gptq`` needs a Hessian: :mod:`.gptq`).
+        method: ``rtn``, ``mse`` or ``gptq``.
         group_size: codes per scale along K.
-        full_range: ``mse`` only: negative scales and the code −8.
+        full_range: ``mse`` and ``gptq``: negative scales and the code −8.
+        factor: ``(K, K)`` from :func:`.gptq.inverse_factor`, for ``gptq``.
         name: for messages.
 
     Returns:
@@ -126,18 +129,33 @@ def quantize_weight(
         CheckpointError: the weight holds NaN or infinity.
     """
     _check(data, name, group_size)
-    if method not in ("rtn", "mse"):
-        raise ConfigError(f"method {method!r}", "quantize_weight knows rtn and mse", [])
     rows, columns = data.shape
+    if method not in METHODS or (method == "gptq") != (factor is not None):
+        raise ConfigError(
+            f"method {method!r} with{'' if factor is not None else 'out'} second moments",
+            f"the methods are {', '.join(METHODS)}; gptq needs second moments, the others none",
+            ["--method mse"],
+        )
+    if factor is not None and factor.shape != (columns, columns):
+        raise ConfigError(
+            f"{name}: K = {columns}, second moments {list(factor.shape)}",
+            "they belong to another layer or model",
+            ["calibrate this model"],
+        )
     packed = torch.empty(rows, columns // 2, dtype=torch.int8, device=data.device)
     scales = torch.empty(rows, columns // group_size, dtype=torch.bfloat16, device=data.device)
     stats = ErrorStats()
     piece = _CPU_PIECE if data.device.type == "cpu" else _GPU_PIECE
-    step = max(1, piece // columns)
+    # GPTQ goes through the columns one by one: the fewer row blocks, the less dispatch.
+    step = max(1, piece // columns) if factor is None else rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         groups = float_rows(data, scale, block, start, stop).view(stop - start, -1, group_size)
-        if method == "rtn":
+        if factor is not None:
+            codes, group_scale = quantize_gptq(
+                groups.flatten(1), factor, group_size, full_range=full_range
+            )
+        elif method == "rtn":
             codes, group_scale = quantize_rtn(groups)
         else:
             codes, group_scale = quantize_mse(groups, full_range=full_range)

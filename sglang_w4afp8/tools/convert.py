@@ -94,6 +94,7 @@ def convert_checkpoint(
     keep: Sequence[str] = (),
     full_range: bool = False,
     requantize: bool = False,
+    hessians: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool = False,
@@ -103,7 +104,7 @@ def convert_checkpoint(
     Args:
         src: source directory (FP8-block, BF16/FP16/FP32 experts).
         dst: target directory; an unfinished conversion in it is continued.
-        method: ``mse`` (searched scales), ``rtn`` (absmax / 7).
+        method: ``mse`` (searched scales), ``rtn`` (absmax / 7) or ``gptq``.
         group_size: 32, 64 or 128; None takes an INT4 source's own, else 128.
         activation: ``static`` writes input scales from ``act_scales``; ``dynamic`` writes none.
             None means static when ``act_scales`` is given or the source has input scales.
@@ -111,9 +112,11 @@ def convert_checkpoint(
         device: ``cpu`` or ``cuda[:N]``, where rounding is computed.
         workers: processes; memory grows by about one expert matrix in float32 per worker.
         keep: regular expressions searched in ``…layers.L.….experts``; matching layers stay.
-        full_range: ``mse`` only: negative scales and the code −8 (better by about 0.8 dB).
+        full_range: ``mse`` and ``gptq``: negative scales and the code −8 (better by about 0.8 dB).
         requantize: round 4-bit sources again (needed for AWQ, asymmetric or permuted GPTQ, MXFP4,
             and for coarser groups) instead of taking their codes over.
+        hessians: directory of safetensors with second moments of the experts' inputs, for
+            ``method="gptq"``: ``…layers.L.….experts[.E].(w13|w2).hessian``, ``(K, K)``.
         overwrite: replace whatever checkpoint is in ``dst``.
         dry_run: plan and check, write nothing.
         progress: draw a progress line on standard error.
@@ -142,14 +145,21 @@ def convert_checkpoint(
         keep=tuple(keep),
         device_type=check_device(device),
     )
-    plan = make_plan(index, options)
+    if (method == "gptq") != (hessians is not None):
+        raise ConfigError(
+            f"--method {method} with{'' if hessians else 'out'} --hessians",
+            "gptq needs second moments of the experts' inputs, the other methods use none",
+            ["--method gptq --hessians DIR", "--method mse"],
+        )
+    moments = None if hessians is None else open_index(hessians)
+    plan = make_plan(index, options, moments=moments)
     if scheme == "static":
         if act_scales is not None:
             amaxes = load_amaxes(act_scales)
         else:
             amaxes = amaxes_of_source(index, own_scales)
         scales = scales_for_layers(amaxes, plan.layers)
-        plan = make_plan(index, options, scales)
+        plan = make_plan(index, options, scales, moments)
     report = ConvertReport(
         target=str(target),
         dry_run=dry_run,
@@ -233,10 +243,10 @@ def _check_options(
             "a dynamic checkpoint stores no input scales",
             ["drop --act-scales", "--activation static"],
         )
-    if full_range and method != "mse":
+    if full_range and method == "rtn":
         raise ConfigError(
             f"--full-range with --method {method}",
-            "only the scale search makes use of the sixteenth code",
+            "absmax / 7 never makes the sixteenth code",
             ["--method mse --full-range"],
         )
 
@@ -267,12 +277,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-range",
         action="store_true",
-        help="mse: negative scales and the code -8, about 0.8 dB better",
+        help="mse, gptq: negative scales and the code -8, about 0.8 dB better",
     )
     parser.add_argument(
         "--requantize",
         action="store_true",
         help="round 4-bit sources again instead of taking their codes over",
+    )
+    parser.add_argument(
+        "--hessians", metavar="DIR", help="gptq: second moments of the experts' inputs"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DST")
     parser.add_argument("--dry-run", action="store_true", help="plan and check, write nothing")
@@ -293,6 +306,7 @@ def run(args: argparse.Namespace) -> int:
         keep=args.keep,
         full_range=args.full_range,
         requantize=args.requantize,
+        hessians=args.hessians,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         progress=not args.json,

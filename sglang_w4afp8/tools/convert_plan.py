@@ -30,7 +30,12 @@ from sglang_w4afp8.checkpoint.names import (
 )
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.spec import GROUP_SIZES
-from sglang_w4afp8.tools.convert_tasks import ConvertOptions, ExpertTask, UnpackTask
+from sglang_w4afp8.tools.convert_tasks import (
+    ConvertOptions,
+    ExpertTask,
+    MomentsRef,
+    UnpackTask,
+)
 from sglang_w4afp8.tools.rewrite_job import ShardJob, Task
 
 # The part that decides in which shard the result of an expert projection is stored.
@@ -177,6 +182,25 @@ def _result_group(source_group: int | None, wanted: int | None, columns: int, pr
     return group
 
 
+def _moments_of(moments: CheckpointIndex, name: ExpertName, columns: int) -> MomentsRef:
+    gemm = GEMM_OF[name.projection]
+    wanted = [f"{name.module}.{name.expert}.{gemm}.hessian", f"{name.module}.{gemm}.hessian"]
+    entry = next((moments.tensors[n] for n in wanted if n in moments.tensors), None)
+    if entry is None:
+        raise ConfigError(
+            f"--hessians {moments.root} has neither {wanted[0]} nor {wanted[1]}",
+            "gptq needs the second moments of every layer's inputs",
+            ["calibrate again", "--method mse  needs no calibration"],
+        )
+    if entry.shape != (columns, columns):
+        raise ConfigError(
+            f"{entry.name} has shape {list(entry.shape)}, {name.prefix} has K = {columns}",
+            "they belong to another layer or model",
+            ["calibrate this model"],
+        )
+    return MomentsRef(moments.root, entry)
+
+
 def _group_of(
     source: ExpertFormat, parts: ExpertParts, shape: tuple[int, int], options: ConvertOptions
 ) -> int:
@@ -226,6 +250,7 @@ def make_plan(
     index: CheckpointIndex,
     options: ConvertOptions,
     input_scales: dict[tuple[int, str], float] | None = None,
+    moments: CheckpointIndex | None = None,
 ) -> ConvertPlan:
     """Decide everything about a conversion.
 
@@ -233,6 +258,8 @@ def make_plan(
         index: the source.
         options: what is wanted.
         input_scales: ``(layer, gemm)`` → static scale, for ``activation="static"``.
+        moments: second moments of the experts' inputs, for ``method="gptq"``: tensors
+            ``…layers.L.….experts[.E].(w13|w2).hessian``, ``(K, K)``.
 
     Raises:
         CheckpointError: the source has no routed experts, or parts are missing or misshapen.
@@ -275,6 +302,7 @@ def make_plan(
             shape=shape,
             group_size=group,
             options=options,
+            moments=None if moments is None else _moments_of(moments, name, shape[1]),
             input_scale=scale,
             input_scale_name=input_scale_name(
                 name.module, name.expert, name.projection, w_names=w_names
@@ -304,7 +332,8 @@ def make_plan(
     digest.update(index.fingerprint().encode())
     digest.update(json.dumps(asdict(options), sort_keys=True).encode())
     scales = sorted((f"{key[0]}.{key[1]}", value) for key, value in (input_scales or {}).items())
-    digest.update(json.dumps([__version__, scales]).encode())
+    calibration = moments.fingerprint() if moments is not None else None
+    digest.update(json.dumps([__version__, scales, calibration]).encode())
     return ConvertPlan(
         options=options,
         # A shard can end up empty: scales of FP8 experts may have a file of their own.

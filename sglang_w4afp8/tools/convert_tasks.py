@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -14,9 +16,11 @@ from sglang_w4afp8.checkpoint.formats import (
     Int4Weight,
     all_formats,
 )
+from sglang_w4afp8.checkpoint.index import TensorEntry
 from sglang_w4afp8.checkpoint.names import ExpertName
 from sglang_w4afp8.checkpoint.stream import OutTensor, TensorReader
 from sglang_w4afp8.packing import has_minus_eight
+from sglang_w4afp8.quantize.gptq import inverse_factor
 from sglang_w4afp8.quantize.groups import resize_group_scale
 from sglang_w4afp8.quantize.weights import float_rows, quantize_weight
 from sglang_w4afp8.reference import dequantize_int4
@@ -59,6 +63,21 @@ def _to_float(weight: FloatWeight | Int4Weight) -> FloatWeight:
 
 
 @dataclass(frozen=True)
+class MomentsRef:
+    """Where the second moments of a layer's inputs lie: directory and tensor."""
+
+    root: Path
+    entry: TensorEntry
+
+
+@lru_cache(maxsize=2)
+def _factor(moments: MomentsRef, device: str) -> torch.Tensor:
+    # Two at a time: a layer's experts come one after the other and alternate between w13 and w2.
+    with TensorReader(moments.root) as reader:
+        return inverse_factor(reader.read(moments.entry).to(device), moments.entry.name)
+
+
+@dataclass(frozen=True)
 class ExpertTask:
     """One expert projection to W4AFP8.
 
@@ -69,6 +88,7 @@ class ExpertTask:
         shape: ``(N, K)``.
         group_size: of the result.
         options: how to round.
+        moments: second moments of its inputs, for ``gptq``.
         input_scale: static activation scale to store, or None.
         input_scale_name: under which name.
     """
@@ -79,6 +99,7 @@ class ExpertTask:
     shape: tuple[int, int]
     group_size: int
     options: ConvertOptions
+    moments: MomentsRef | None = None
     input_scale: float | None = None
     input_scale_name: str = ""
 
@@ -116,6 +137,7 @@ class ExpertTask:
                 method=self.options.method,
                 group_size=self.group_size,
                 full_range=self.options.full_range,
+                factor=None if self.moments is None else _factor(self.moments, device),
                 name=self.key,
             )
         else:
