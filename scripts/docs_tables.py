@@ -1,0 +1,68 @@
+"""Rewrites the generated tables in ``docs/``: ``python scripts/docs_tables.py``.
+
+A table stands between ``<!-- NAME: generated … -->`` and ``<!-- /NAME -->``; a test compares what
+stands there with what this makes.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sglang_w4afp8 import env
+from sglang_w4afp8.hooks import HOOKS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def variables_table() -> str:
+    """Every environment variable of this package."""
+    lines = ["| Variable | Default | Values | Effect |", "|---|---|---|---|"]
+    for variable in env.VARIABLES:
+        default = f"`{variable.default}`" if variable.default else "unset"
+        values = " ".join(f"`{choice}`" for choice in variable.choices) or "free text"
+        lines.append(f"| `{variable.name}` | {default} | {values} | {variable.effect} |")
+    return "\n".join(lines)
+
+
+def hooks_table() -> str:
+    """Every upstream name this package relies on."""
+    lines = ["| Used by | SGLang name | Kind | For |", "|---|---|---|---|"]
+    for hook in HOOKS:
+        target = hook.target.removeprefix("sglang.srt.")
+        lines.append(f"| `{hook.used_by}` | `{target}` | {hook.kind} | {hook.why} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "variables": ("configuration.md", variables_table),
+    "hooks": ("compatibility.md", hooks_table),
+}
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """``text`` with what stands between the markers of ``name`` replaced.
+
+    Raises:
+        ValueError: the markers are not there exactly once.
+    """
+    pattern = rf"(<!-- {name}: generated[^>]*-->\n).*?(<!-- /{name} -->)"
+    result, count = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
+    if count != 1:
+        raise ValueError(f"{count} places for the table {name!r}")
+    return result
+
+
+def main() -> int:
+    """Write all tables."""
+    for name, (file, make) in TABLES.items():
+        path = DOCS / file
+        path.write_text(with_table(path.read_text(), name, make()))
+        print(f"{path.name}: {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
