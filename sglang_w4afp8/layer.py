@@ -7,6 +7,7 @@ computes, and nothing knows SGLang.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -95,6 +96,8 @@ class MoEWeights:
         w2_group_size: codes per scale along N.
         w13_input_scale: ``(1,)`` float32 for the static scheme, else None.
         w2_input_scale: likewise for down.
+        state: whatever a backend's ``prepare`` wants to find again in ``run``: descriptors, scratch
+            memory. It lives and dies with the layer.
     """
 
     w13: torch.Tensor
@@ -105,6 +108,7 @@ class MoEWeights:
     w2_group_size: int
     w13_input_scale: torch.Tensor | None = None
     w2_input_scale: torch.Tensor | None = None
+    state: Any = None
 
     @property
     def num_experts(self) -> int:
@@ -116,6 +120,6 @@ class MoEWeights:
         """K, in checkpoint order."""
         return self.w2.shape[1]
 
-    def replaced(self, **tensors: torch.Tensor) -> MoEWeights:
-        """A copy with some tensors exchanged."""
-        return replace(self, **tensors)
+    def replaced(self, **fields: Any) -> MoEWeights:
+        """A copy with some fields exchanged."""
+        return replace(self, **fields)

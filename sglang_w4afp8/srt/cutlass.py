@@ -39,9 +39,6 @@ class CutlassBackend:
 
     name = "cutlass"
 
-    def __init__(self) -> None:
-        self._workspaces: dict[int, _Workspace] = {}
-
     def supports(self, problem: MoEProblem) -> str | None:
         """Hopper, BF16, group 128, one activation scale per call."""
         device = problem.device
@@ -66,6 +63,8 @@ class CutlassBackend:
         return padded.replaced(
             w13_scale=interleave_scales(padded.w13_scale.to(torch.bfloat16)),
             w2_scale=interleave_scales(padded.w2_scale.to(torch.bfloat16)),
+            # Per layer, because two streams may run two layers at once.
+            state=_workspace(padded),
         )
 
     def run(
@@ -82,7 +81,7 @@ class CutlassBackend:
             return torch.empty_like(x)
         from sglang.srt.layers.moe.cutlass_w4a8_moe import cutlass_w4a8_moe
 
-        work = self._workspace(weights)
+        work = weights.state
         return cutlass_w4a8_moe(
             x,
             weights.w13,
@@ -107,28 +106,25 @@ class CutlassBackend:
             routed_scaling_factor=routed_scaling_factor,
         )
 
-    def _workspace(self, weights: MoEWeights) -> _Workspace:
-        """Per layer, because two streams may run two layers at once."""
-        key = weights.w13.data_ptr()
-        if key not in self._workspaces:
-            experts, gate_up, _ = weights.w13.shape
-            device = weights.w13.device
 
-            def strides(value: int) -> torch.Tensor:
-                return torch.full((experts, 3), value, dtype=torch.int64, device=device)
+def _workspace(weights: MoEWeights) -> _Workspace:
+    experts, gate_up, _ = weights.w13.shape
+    device = weights.w13.device
 
-            def sizes(*shape: int) -> torch.Tensor:
-                return torch.empty(shape, dtype=torch.int32, device=device)
+    def strides(value: int) -> torch.Tensor:
+        return torch.full((experts, 3), value, dtype=torch.int64, device=device)
 
-            self._workspaces[key] = _Workspace(
-                strides(weights.w2.shape[1]),
-                strides(gate_up),
-                strides(gate_up // 2),
-                sizes(experts + 1),
-                sizes(experts, 3),
-                sizes(experts, 3),
-            )
-        return self._workspaces[key]
+    def sizes(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    return _Workspace(
+        strides(weights.w2.shape[1]),
+        strides(gate_up),
+        strides(gate_up // 2),
+        sizes(experts + 1),
+        sizes(experts, 3),
+        sizes(experts, 3),
+    )
 
 
 def pad_to_groups(columns: AxisShard, weights: MoEWeights) -> MoEWeights:

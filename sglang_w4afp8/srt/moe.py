@@ -213,7 +213,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             strict=True,
         ):
             self._replace(layer, name, tensor)
-        self.weights = self._weights(layer)
+        self.weights = self._weights(layer, prepared.state)
         self._log_model()
 
     def apply(
@@ -245,10 +245,10 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
     def _current(self, layer: torch.nn.Module) -> MoEWeights:
         """The weights to run with: CPU offloading moves a parameter's data between calls."""
         if self.weights.w13.data_ptr() != layer.w13_weight.data_ptr():
-            self.weights = self._weights(layer)
+            self.weights = self._weights(layer, self.weights.state)
         return self.weights
 
-    def _weights(self, layer: torch.nn.Module) -> MoEWeights:
+    def _weights(self, layer: torch.nn.Module, state: Any = None) -> MoEWeights:
         static = self.scheme is ActivationScheme.STATIC
         return MoEWeights(
             w13=layer.w13_weight.data,
@@ -259,6 +259,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             w2_group_size=self.shard.w2_group_size,
             w13_input_scale=layer.w13_input_scale.data if static else None,
             w2_input_scale=layer.w2_input_scale.data if static else None,
+            state=state,
         )
 
     def _replace(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

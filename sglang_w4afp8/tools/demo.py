@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Served:
 
     Attributes:
         tp: tensor-parallel degree.
+        backend: the expert kernel asked for.
         ready_s: seconds from start to the first healthy answer.
         token_ids: per prompt, the greedy continuation.
         logprobs: of those tokens.
@@ -43,6 +45,7 @@ class Served:
     """
 
     tp: int
+    backend: str
     ready_s: float
     token_ids: list[list[int]]
     logprobs: list[list[float]]
@@ -116,9 +119,13 @@ def tell(
         checkpoints[name] = convert(name, source)
     for name, checkpoint in checkpoints.items():
         results = []
-        for tp in degrees:
-            say(f"[3/4] {name}: starting sglang.launch_server --tp {tp} --quantization w4afp8 …")
-            results.append(serve(checkpoint, tp, folder / "logs" / f"{name}-tp{tp}", on_gpu))
+        for tp, backend in product(degrees, ("auto", "torch") if on_gpu else ("auto",)):
+            say(
+                f"[3/4] {name}: starting sglang.launch_server --tp {tp} --quantization w4afp8 "
+                f"({backend} backend) …"
+            )
+            logs = folder / "logs" / f"{name}-tp{tp}-{backend}"
+            results.append(serve(checkpoint, tp, backend, logs, on_gpu))
             show(results[-1])
         story.served[name] = [asdict(result) for result in results]
         compare(name, checkpoint, results, story, on_gpu=on_gpu)
@@ -136,10 +143,11 @@ def say(line: str) -> None:
 
 def write_checkpoints(folder: Path) -> dict[str, Path]:
     """Step 1: two real Hugging Face checkpoints."""
-    from sglang_w4afp8.testing.tiny import write_deepseek, write_qwen
+    from sglang_w4afp8.testing.tiny import DeepseekShape, write_deepseek, write_qwen
 
     written = {
-        "deepseek-v3": write_deepseek(folder / "deepseek-v3"),
+        # The published latent width: SGLang's GPU attention kernels are built for it.
+        "deepseek-v3": write_deepseek(folder / "deepseek-v3", DeepseekShape(kv_lora_rank=512)),
         "qwen3-moe": write_qwen(folder / "qwen3-moe"),
     }
     for name, path in written.items():
@@ -178,13 +186,13 @@ def convert(name: str, source: Path) -> Path:
     return target
 
 
-def serve(checkpoint: Path, tp: int, log_dir: Path, on_gpu: bool) -> Served:
+def serve(checkpoint: Path, tp: int, backend: str, log_dir: Path, on_gpu: bool) -> Served:
     """Step 3: a real server, native and OpenAI-style requests, plain and streaming."""
     from sglang_w4afp8.testing.cpu_platform import NAME as CPU_PLATFORM
     from sglang_w4afp8.testing.server import launch
 
     args = ["--quantization", "w4afp8"]
-    env = {"SGLANG_W4AFP8_STRICT": "1"}
+    env = {"SGLANG_W4AFP8_STRICT": "1", "SGLANG_W4AFP8_MOE_BACKEND": backend}
     if on_gpu:
         args += ["--attention-backend", "triton", "--mem-fraction-static", "0.5"]
         args += ["--cuda-graph-max-bs-decode", "8"]
@@ -209,6 +217,7 @@ def serve(checkpoint: Path, tp: int, log_dir: Path, on_gpu: bool) -> Served:
             )
         return Served(
             tp,
+            backend,
             server.ready_s,
             [reply.token_ids for reply in replies],
             [reply.logprobs for reply in replies],
@@ -239,15 +248,15 @@ def compare(
     say(f"      transformers on the dequantised weights: {time.monotonic() - started:.0f} s")
     references = {
         "transformers": ([e.token_ids for e in expected], [e.logprobs for e in expected]),
-        f"tp {results[0].tp}": (results[0].token_ids, results[0].logprobs),
+        _title(results[0]): (results[0].token_ids, results[0].logprobs),
     }
     for result in results:
         for reference, (ids, logprobs) in references.items():
-            if reference == f"tp {result.tp}":
+            if reference == _title(result):
                 continue
             same = result.token_ids == ids
             worst = _largest_difference(result.logprobs, logprobs)
-            key = f"{name}: tp {result.tp} against {reference}"
+            key = f"{name}: {_title(result)} against {reference}"
             story.largest_difference[key] = worst
             verdict = "identical" if same else "DIFFERENT"
             say(f"      {key}: tokens {verdict}, largest logprob difference {worst:.1e}")
@@ -276,6 +285,10 @@ def check_shards(name: str, checkpoint: Path, degrees: list[int], story: Story) 
     story.shards += rows
     if done.returncode and not story.problems:
         story.problems.append(f"{name}: {done.stderr.strip()[-2000:]}")
+
+
+def _title(served: Served) -> str:
+    return f"tp {served.tp}" + (f" {served.backend}" if served.backend != "auto" else "")
 
 
 def _largest_difference(one: list[list[float]], other: list[list[float]]) -> float:

@@ -27,6 +27,10 @@ pytestmark = [
 PREFIX = "model.layers.1.mlp.experts"
 EXPERTS, HIDDEN, TOP_K = 8, 1024, 4
 SCALE = 0.02
+# Partial sums are BF16 per rank, and FP8 codes differ where a sum falls on the other side of a
+# rounding boundary. sglang-kernel rounds gate and up to BF16 in between: an error of 2⁻⁸ in a value
+# whose FP8 neighbours are 2⁻⁴ apart moves one code in sixteen by one step, √(1/16) · 2⁻⁴ ≈ 1.6 %.
+TOLERANCE = {"cutlass": 2.5e-2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,10 +148,8 @@ def test_ranks_add_up(
                 total += run_experts(layer, *inputs).double()
             del layer
         expected = oracle(tensors, ActivationScheme(scheme), inputs, intermediate, tp)
-        # FP8 codes differ where a sum lands on the other side of a rounding boundary; partial sums
-        # are BF16 per rank.
         error = float((total - expected).norm() / expected.norm())
-        assert error < 8e-3, f"{tokens} tokens: {error:.2e}"
+        assert error < TOLERANCE.get(backend, 8e-3), f"{tokens} tokens: {error:.2e}"
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
