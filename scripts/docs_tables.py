@@ -1,4 +1,4 @@
-"""Rewrites the generated tables in ``docs/``: ``python scripts/docs_tables.py``.
+"""Rewrites the generated tables in ``docs/`` and the README: ``python scripts/docs_tables.py``.
 
 A table stands between ``<!-- NAME: generated … -->`` and ``<!-- /NAME -->``; a test compares what
 stands there with what this makes.
@@ -6,6 +6,7 @@ stands there with what this makes.
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from sglang_w4afp8 import env
 from sglang_w4afp8.hooks import HOOKS
+from sglang_w4afp8.kernels.support import support_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -36,9 +38,33 @@ def hooks_table() -> str:
     return "\n".join(lines)
 
 
+def served_table() -> str:
+    """What ``sglang-w4afp8 demo --out`` found, from the committed result files."""
+    lines = [
+        "| Model architecture | Device | SGLang | TP | Tokens as transformers' | Largest logprob "
+        "difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("serve-*.json")):
+        result = json.loads(path.read_text())
+        for model, runs in result["served"].items():
+            for run in runs:
+                title = f"tp {run['tp']}" + (f" {run['backend']}" * (run["backend"] != "auto"))
+                found = result["against_transformers"][f"{model}: {title}"]
+                same = "identical" if found["tokens_identical"] else "differ"
+                lines.append(
+                    f"| {model} | {result['device']} | {result['versions']['sglang']} | "
+                    f"{title.removeprefix('tp ')} | {same} | "
+                    f"{found['largest_logprob_difference']:.1e} |"
+                )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "variables": ("configuration.md", variables_table),
     "hooks": ("compatibility.md", hooks_table),
+    "support": ("../README.md", support_table),
+    "served": ("../README.md", served_table),
 }
 
 

@@ -61,7 +61,8 @@ class Story:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     served: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    largest_difference: dict[str, float] = field(default_factory=dict)
+    against_transformers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    among_servers: dict[str, dict[str, Any]] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -257,7 +258,11 @@ def compare(
             same = result.token_ids == ids
             worst = _largest_difference(result.logprobs, logprobs)
             key = f"{name}: {_title(result)} against {reference}"
-            story.largest_difference[key] = worst
+            found = {"tokens_identical": same, "largest_logprob_difference": worst}
+            if reference == "transformers":
+                story.against_transformers[f"{name}: {_title(result)}"] = found
+            else:
+                story.among_servers[key] = found
             verdict = "identical" if same else "DIFFERENT"
             say(f"      {key}: tokens {verdict}, largest logprob difference {worst:.1e}")
             if result.text != result.streamed:
