@@ -40,7 +40,8 @@ def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
             grid = (wishes.get(f"{side}_ctas", old.grid[0]), 1)
             if chosen.path == "small" and side == "down":
                 grid = old.grid
-            launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid)
+            late = bool(wishes.get("late", old.late))
+            launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid, late=late)
         return replace(chosen, launches=tuple(launches))
 
     return tune

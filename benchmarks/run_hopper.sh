@@ -10,15 +10,11 @@ step() {  # name, seconds, command...
   timeout -k 5 "$limit" "$@" >"$out/$name.txt" 2>&1
   echo "== $name: exit $? after $((SECONDS - begin)) s"
 }
-parts() { step "$1" 60 python3 benchmarks/hopper_parts.py --json "$out/$1.json" "${@:2}"; cat "$out/$1.txt"; }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step tests 100 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_hopper_moe.py
 grep -E "^E  |^FAILED|passed|failed" "$out/tests.txt" | cut -c1-150 | tail -n 30
-parts parts --parts
-parts ring44 --path large --tokens 16 64 256 --tune up_ring=4 down_ring=4
-parts ring35 --path large --tokens 16 64 256 --tune up_ring=3 down_ring=5 down_ctas=132
-parts small3 --path small --tokens 1 4 --tune up_ring=6 down_ring=4
-parts small2 --path small --tokens 1 4 --tune up_ring=3 down_ring=3
+step parts 60 python3 benchmarks/hopper_parts.py --parts --json "$out/parts.json"
+cat "$out/parts.txt"
 step bench 120 python3 -m sglang_w4afp8.tools.bench moe --shape r1-tp8 r1-tp16 r1-tp32 \
   --tokens 1 2 4 8 16 32 64 128 256 --provider ours --json "$out/bench.json" --commit "$commit"
 cat "$out/bench.txt"

@@ -74,13 +74,14 @@ def _read_expert(
     return seen
 
 
-def _checkpoint_row(tile: int, row: int, rows: int, gate_up: bool) -> int:
+def _checkpoint_row(tile: int, row: int, rows: int, gate_up: bool, tiles: int) -> int:
     """Which row the epilogue takes (tile, row) for."""
     warp, in_warp = divmod(row, 16)
     half, g = divmod(in_warp, 8)
     if gate_up:
         return tile * 32 + warp * 8 + g + half * (rows // 2)
-    return tile * 64 + warp * 16 + g * 2 + half
+    first = tile // tiles * tiles * 64
+    return first + (warp * 16 + g * 2) * tiles + tile % tiles * 2 + half
 
 
 @pytest.mark.parametrize("minus_eight", [False, True])
@@ -98,10 +99,13 @@ def test_kernel_reads_every_code_and_scale(
 
     seen = _read_expert(packed[1], rows, k, minus_eight)
     assert len(seen) == rows
-    for (tile, row), line in seen.items():
-        assert line == codes[1, _checkpoint_row(tile, row, rows, gate_up)].tolist()
-
     shape = StageShape.of(rows, k)
+    found = {
+        _checkpoint_row(tile, row, rows, gate_up, shape.tiles): line
+        for (tile, row), line in seen.items()
+    }
+    assert found == dict(enumerate(codes[1].tolist()))
+
     flat, groups = scales[1].flatten(), shape.stage_k // group
     for block in range(shape.blocks):
         row_tiles = min(2 * shape.tiles, rows // 64 - block * 2 * shape.tiles)
@@ -113,9 +117,8 @@ def test_kernel_reads_every_code_and_scale(
                         at = ((first + in_stage) * groups + index) * 64 + pair * 2
                         tile = block * 2 * shape.tiles + in_stage
                         for half in range(2):
-                            row = _checkpoint_row(
-                                tile, pair // 8 * 16 + pair % 8 + half * 8, rows, gate_up
-                            )
+                            in_tile = pair // 8 * 16 + pair % 8 + half * 8
+                            row = _checkpoint_row(tile, in_tile, rows, gate_up, shape.tiles)
                             assert flat[at + half] == wanted[1, row, step * groups + index]
 
 
@@ -137,7 +140,7 @@ def test_layout_moves_nibbles_within_an_expert_only() -> None:
     assert [int((unpack_int4(packed[e]) != 0).sum()) for e in range(3)] == [0, 1, 0]
 
 
-def test_stage_shapes_of_deepseek_r1() -> None:
+def test_stage_shapes() -> None:
     # (rows, K) → columns of a stage, row tiles per warpgroup, stages along K
     wanted = {
         (512, 7168): (256, 1, 28),
@@ -148,6 +151,8 @@ def test_stage_shapes_of_deepseek_r1() -> None:
         (7168, 64): (64, 4, 1),
         (7168, 192): (192, 1, 1),
         (7168, 2048): (256, 1, 8),
+        (640, 64): (64, 2, 1),
+        (704, 64): (64, 1, 1),
     }
     for (rows, k), cut in wanted.items():
         shape = StageShape.of(rows, k)

@@ -81,7 +81,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
   const u8* row[S::kTokens / 8];
   bool used[S::kTokens / 8];
   int tile = -1, slot = 0;
-  u32 phase = 0;
+  u32 phase = 0, filling = 0;
   for (int n = work.first; n < work.last; ++n) {
     const int unit = n / per_unit, step = n - unit * per_unit;
     if (unit / p.blocks != tile) {
@@ -112,9 +112,22 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
         }
       }
     }
-    async_copy_arrive(full);
+    async_copy_commit();
+    // The stage before is handed over now that its tokens are there. Its writer, not its readers,
+    // makes them visible to the matrix unit: they would do it with their stores in flight.
+    if (filling != 0) {
+      async_copy_wait<1>();
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(filling);
+    }
+    filling = full;
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
+  async_copy_wait<0>();
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) barrier_arrive(filling);
 }
 
 // `pair`: the pair numbers of this thread's columns, -1 for none. `b_scale`, `q_scale`: static.
@@ -153,15 +166,30 @@ __device__ __forceinline__ void finish_up(const GemmParams& p, float (&acc)[S::k
 
 __device__ __forceinline__ void finish_down(const GemmParams& p, float (&acc)[S::kAcc],
                                             const int (&pair)[kColumns],
-                                            const float (&scale)[kColumns], int row_tile) {
+                                            const float (&scale)[kColumns],
+                                            u32 (&done)[kColumns][S::kTiles], int row_tile,
+                                            int tile) {
   const int thread = threadIdx.x & 127;
-  const int row = row_tile * 64 + (thread >> 5) * 16 + ((thread & 31) >> 2) * 2;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int i = (c >> 1) * 4 + (c & 1);
+    done[c][tile] = pack_bf16(acc[i] * scale[c], acc[i + 2] * scale[c]);
+  }
+  if (tile < S::kTiles - 1) return;
+  // The row tiles of a stage interleave so that a thread's results are neighbours in a row of y.
+  const int row =
+      row_tile * 64 + ((thread >> 5) * 16 + ((thread & 31) >> 2) * 2) * S::kTiles;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     if (pair[c] < 0) continue;
-    const int i = (c >> 1) * 4 + (c & 1);
-    *reinterpret_cast<u32*>(p.y + static_cast<u64>(pair[c]) * p.rows + row) =
-        pack_bf16(acc[i] * scale[c], acc[i + 2] * scale[c]);
+    u16* at = p.y + static_cast<u64>(pair[c]) * p.rows + row;
+    if constexpr (S::kTiles == 4) {
+      *reinterpret_cast<uint4*>(at) = make_uint4(done[c][0], done[c][1], done[c][2], done[c][3]);
+    } else if constexpr (S::kTiles == 2) {
+      *reinterpret_cast<uint2*>(at) = make_uint2(done[c][0], done[c][1]);
+    } else {
+      *reinterpret_cast<u32*>(at) = done[c][0];
+    }
   }
 }
 
@@ -199,9 +227,10 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
         }
       }
     }
+    u32 done[kColumns][S::kTiles];
     auto finish = [&](int t, float(&sum)[S::kAcc]) {
       if constexpr (!kUp) {
-        if (row_tile + t < p.rows / 64) finish_down(p, sum, pair, scale, row_tile + t);
+        if (row_tile < p.rows / 64) finish_down(p, sum, pair, scale, done, row_tile, t);
       }
     };
 #pragma unroll
@@ -210,7 +239,6 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
     for (int i = 0; i < steps; ++i) {
       const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
       barrier_wait(full, phase);
-      fence_async_proxy();
       stage_math<S>(acc, stage + w_at, stage + s_at,
                     token_descriptor(stage + kWeightBytes + kScaleBytes, kToken8Stride), 0, finish);
       __syncwarp();
@@ -238,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, kCtasPerSm)
   const u32 ring = smem_address(shared), bars = ring + p.ring * kStageBytes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.ring; ++i) {
-      barrier_init(bars + i * 16, 1 + 32);              // the bulk copies, and a warp's own
+      barrier_init(bars + i * 16, 2);  // weights and scales; tokens
       barrier_init(bars + i * 16 + 8, kConsumers / 32);
     }
     barrier_init_fence();

@@ -82,9 +82,12 @@ __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u
 __device__ __forceinline__ void async_copy16(u32 dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
-// The barrier gets one of its expected arrivals when this thread's earlier async copies are done.
-__device__ __forceinline__ void async_copy_arrive(u32 bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+__device__ __forceinline__ void async_copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void async_copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 // Ordinary writes to shared memory seen so far become visible to the matrix unit's own reads.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -128,6 +131,32 @@ __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
   u16 r;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
   return r;
+}
+// a / b as IEEE division rounds it, given 1 / b rounded to nearest: the remainder of a first
+// quotient is exact, and one step with it rounds correctly (Markstein). Three instructions, not ten.
+__device__ __forceinline__ float divide(float a, float b, float inverse) {
+  const float q = a * inverse;
+  const float better = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
+  return fabsf(q) < 1e30f ? better : q;  // an overflown quotient has no remainder
+}
+// Eight BF16 values over a scale, as E4M3.
+__device__ __forceinline__ uint2 quantize8(uint4 v, float scale, float inverse) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+  u32 q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    q[i] = pack_e4m3(divide(bf16_low(w[i]), scale, inverse),
+                     divide(bf16_high(w[i]), scale, inverse));
+  }
+  return make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
+}
+__device__ __forceinline__ float largest8(float amax, uint4 v) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    amax = fmaxf(amax, fmaxf(fabsf(bf16_low(w[i])), fabsf(bf16_high(w[i]))));
+  }
+  return amax;
 }
 __device__ __forceinline__ float silu_mul(float gate, float up) {
   return gate / (1.0f + __expf(-gate)) * up;

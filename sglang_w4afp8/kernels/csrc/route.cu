@@ -8,7 +8,8 @@
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
-constexpr int kKept = 8;  // ids per lane that stay in registers: 4096 pairs
+constexpr int kKept = 8;      // ids per lane that stay in registers: 4096 pairs
+constexpr int kBitWords = 8;  // 256 tokens
 
 struct RouteParams {
   const u16* x;          // (M, hidden) bfloat16
@@ -19,7 +20,7 @@ struct RouteParams {
   int* header;           // [0] number of tiles
   int* tile_expert;      // (tiles)
   int* columns;          // (tiles, tile_tokens) pair numbers t * top_k + k, or -1
-  int pairs, hidden, experts, tile_tokens, ids_are_64;
+  int pairs, top_k, hidden, experts, tile_tokens, ids_are_64;
 };
 
 __device__ __forceinline__ int expert_of(const RouteParams& p, int pair, int end) {
@@ -29,7 +30,68 @@ __device__ __forceinline__ int expert_of(const RouteParams& p, int pair, int end
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
-__device__ void sort_pairs(const RouteParams& p, int (*counts)[kMaxExperts], int* sums) {
+// Thread e has `tokens` pairs for expert e: writes its tiles, returns its first place in columns.
+__device__ __forceinline__ int place_tiles(const RouteParams& p, int tokens, int* sums) {
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const int tiles = (tokens + p.tile_tokens - 1) / p.tile_tokens;
+  int sum = tiles;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int left = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += left;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  int tile = sum - tiles;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) tile += w < warp ? sums[w] : 0;
+  if (tid == kThreads - 1) p.header[0] = tile + tiles;
+  const int place = tile * p.tile_tokens;
+  for (int i = 0; i < tiles; ++i) p.tile_expert[tile + i] = tid;
+  for (int i = tokens; i < tiles * p.tile_tokens; ++i) p.columns[place + i] = -1;
+  return place;
+}
+
+// Up to 256 tokens with distinct experts each: a bit per (expert, token), so that a pair's place is
+// a count of bits. False, with nothing written, if a token names an expert twice.
+__device__ bool sort_bits(const RouteParams& p, u32 (*bits)[kBitWords], int* places, int* sums) {
+  const int tid = threadIdx.x;
+  int expert[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) expert[i] = expert_of(p, tid + i * kThreads, p.pairs);
+  for (int i = tid; i < kMaxExperts * kBitWords / 4; i += kThreads) {
+    reinterpret_cast<uint4*>(&bits[0][0])[i] = make_uint4(0, 0, 0, 0);
+  }
+  __syncthreads();
+  bool twice = false;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int token = (tid + i * kThreads) / p.top_k;
+    const u32 bit = 1u << (token & 31);
+    if (expert[i] >= 0) twice |= (atomicOr(&bits[expert[i]][token >> 5], bit) & bit) != 0;
+  }
+  if (__syncthreads_or(twice)) return false;
+  int tokens = 0;
+#pragma unroll
+  for (int w = 0; w < kBitWords; ++w) tokens += __popc(bits[tid][w]);
+  places[tid] = place_tiles(p, tokens, sums);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int pair = tid + i * kThreads, token = pair / p.top_k;
+    if (expert[i] < 0) continue;
+    int rank = 0;
+#pragma unroll
+    for (int w = 0; w < kBitWords; ++w) {
+      const u32 below = (1u << (token & 31)) - 1, word = token >> 5;
+      rank += __popc(bits[expert[i]][w] & (w < word ? 0xffffffffu : w == word ? below : 0u));
+    }
+    p.columns[places[expert[i]] + rank] = pair;
+  }
+  return true;
+}
+
+// Any batch, and tokens that name an expert twice.
+__device__ void sort_any(const RouteParams& p, int (*counts)[kMaxExperts], int* sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   // Each warp walks its own contiguous run of pairs, so warp order is pair order.
   const int run = (p.pairs + kWarps - 1) / kWarps;
@@ -67,21 +129,7 @@ __device__ void sort_pairs(const RouteParams& p, int (*counts)[kMaxExperts], int
     before[w] = tokens;
     tokens += n;
   }
-  const int tiles = (tokens + p.tile_tokens - 1) / p.tile_tokens;
-  int sum = tiles;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int left = __shfl_up_sync(0xffffffffu, sum, d);
-    if (lane >= d) sum += left;
-  }
-  if (lane == 31) sums[warp] = sum;
-  __syncthreads();
-  int tile = sum - tiles;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) tile += w < warp ? sums[w] : 0;
-  if (tid == kThreads - 1) p.header[0] = tile + tiles;
-  const int place = tile * p.tile_tokens;
-  for (int i = 0; i < tiles; ++i) p.tile_expert[tile + i] = tid;
-  for (int i = tokens; i < tiles * p.tile_tokens; ++i) p.columns[place + i] = -1;
+  const int place = place_tiles(p, tokens, sums);
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) counts[w][tid] = before[w] + place;
   __syncthreads();
@@ -105,12 +153,7 @@ __device__ void quantize_row(const RouteParams& p, int token, float* amaxes) {
   } else {
     float amax = 0.0f;
     for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
-      const uint4 v = *reinterpret_cast<const uint4*>(row + k);
-      const u32 w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        amax = fmaxf(amax, fmaxf(fabsf(bf16_low(w[i])), fabsf(bf16_high(w[i]))));
-      }
+      amax = largest8(amax, *reinterpret_cast<const uint4*>(row + k));
     }
     for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
     if ((tid & 31) == 0) amaxes[tid >> 5] = amax;
@@ -120,16 +163,11 @@ __device__ void quantize_row(const RouteParams& p, int token, float* amaxes) {
   }
   if (tid == 0) p.x_scale[token] = scale;
   u8* out = p.xq + static_cast<u64>(token) * p.hidden;
+  const float inverse = __frcp_rn(scale);
 #pragma unroll 2
   for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
-    const uint4 v = *reinterpret_cast<const uint4*>(row + k);
-    const u32 w[4] = {v.x, v.y, v.z, v.w};
-    u32 q[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      q[i] = pack_e4m3(__fdiv_rn(bf16_low(w[i]), scale), __fdiv_rn(bf16_high(w[i]), scale));
-    }
-    *reinterpret_cast<uint2*>(out + k) = make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
+    *reinterpret_cast<uint2*>(out + k) =
+        quantize8(*reinterpret_cast<const uint4*>(row + k), scale, inverse);
   }
 }
 
@@ -141,7 +179,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   // The next kernel may read ids, x's scale and nothing else before its own wait.
   pdl_trigger();
   if (blockIdx.x == 0) {
-    sort_pairs(p, counts, sums);
+    // The bits and the counts share memory; the bits are done with when the counts are cleared.
+    u32(*bits)[kBitWords] = reinterpret_cast<u32(*)[kBitWords]>(&counts[0][0]);
+    int* places = &counts[kWarps - 1][0];
+    const bool fits = p.pairs <= kKept * kThreads && p.pairs <= p.top_k * kBitWords * 32;
+    if (!fits || !sort_bits(p, bits, places, sums)) sort_any(p, counts, sums);
   } else {
     quantize_row(p, blockIdx.x - 1, reinterpret_cast<float*>(sums));
   }

@@ -149,7 +149,9 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   }
   named_sync(3, kConsumers);
   if (group == 0) {
-    const int row = row_tile * 64 + (thread >> 5) * 16 + (lane >> 2) * 2;
+    // Row tiles of one warpgroup interleave, as the large-batch kernel wants them.
+    const int in_group = ((thread >> 5) * 16 + (lane >> 2) * 2) * S::kTiles;
+    const int row = row_tile / S::kTiles * S::kTiles * 64 + in_group + row_tile % S::kTiles * 2;
 #pragma unroll
     for (int i = 0; i < S::kAcc; i += 4) {
 #pragma unroll

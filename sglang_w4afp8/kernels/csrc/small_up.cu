@@ -25,7 +25,7 @@ struct SmallUpParams {
   Join join;
   u32* slot_count;        // dynamic: (slots), zero between launches
   Batch batch;
-  int rows, k, blocks, ring, dynamic;
+  int rows, k, blocks, ring, dynamic, late;
 };
 
 // Where column i of token t lies in a token operand of `width` columns (mma.cuh).
@@ -33,38 +33,21 @@ __device__ __forceinline__ u32 token_offset(int t, int i, int width) {
   return (t >> 3) * width * 8 + (i >> 4) * 128 + (t & 7) * 16 + (i & 15);
 }
 
-__device__ __forceinline__ void put_tokens(u8* at, uint4 v, float scale) {
-  const u32 w[4] = {v.x, v.y, v.z, v.w};
-  u32 q[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    q[c] = pack_e4m3(__fdiv_rn(bf16_low(w[c]), scale), __fdiv_rn(bf16_high(w[c]), scale));
-  }
-  *reinterpret_cast<uint2*>(at) = make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
-}
-
 // Puts the tokens' columns of all stages in [first, last) into shared memory as E4M3.
 __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, float* scales,
                                             float (*amaxes)[kConsumers / 32], int first,
                                             int last) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, vectors = p.k / 8;
-  for (int t = 0; t < p.batch.tokens; ++t) {
-    const uint4* row = reinterpret_cast<const uint4*>(p.x + static_cast<u64>(t) * p.k);
-    if (p.dynamic) {
+  constexpr int kAtOnce = 8;
+  const uint4* x = reinterpret_cast<const uint4*>(p.x);
+  if (p.dynamic) {
+    for (int t = 0; t < p.batch.tokens; ++t) {
       float amax = 0.0f;
-      for (int i = tid; i < vectors; i += kConsumers) {
-        const uint4 v = row[i];
-        const u32 w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          amax = fmaxf(amax, fmaxf(fabsf(bf16_low(w[j])), fabsf(bf16_high(w[j]))));
-        }
-      }
+#pragma unroll 4
+      for (int i = tid; i < vectors; i += kConsumers) amax = largest8(amax, x[t * vectors + i]);
       for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
       if (lane == 0) amaxes[t][warp] = amax;
     }
-  }
-  if (p.dynamic) {
     named_sync(3, kConsumers);
     if (tid < p.batch.tokens) {
       float amax = 0.0f;
@@ -75,13 +58,24 @@ __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, 
   }
   // A run shorter than a unit needs part of K only, perhaps its end and its beginning.
   const int per_unit = p.join.stages_per_unit, per_stage = S::kK / 8;
-  const int stages = min(per_unit, last - first), wanted = stages * per_stage;
-  for (int j = tid; j < wanted * p.batch.tokens; j += kConsumers) {
-    const int t = j / wanted;
-    int i = first % per_unit * per_stage + (j - t * wanted);
-    if (i >= vectors) i -= vectors;
-    put_tokens(tokens + token_offset(t, i * 8, p.k),
-               reinterpret_cast<const uint4*>(p.x + static_cast<u64>(t) * p.k)[i], scales[t]);
+  const int wanted = min(per_unit, last - first) * per_stage, begin = first % per_unit * per_stage;
+  for (int j = tid; j < wanted * p.batch.tokens; j += kConsumers * kAtOnce) {
+    uint4 v[kAtOnce];
+    int token[kAtOnce], at[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int item = min(j + i * kConsumers, wanted * p.batch.tokens - 1);
+      token[i] = item / wanted;
+      at[i] = begin + (item - token[i] * wanted);
+      if (at[i] >= vectors) at[i] -= vectors;
+      v[i] = x[token[i] * vectors + at[i]];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float scale = scales[token[i]];
+      *reinterpret_cast<uint2*>(tokens + token_offset(token[i], at[i] * 8, p.k)) =
+          quantize8(v[i], scale, __frcp_rn(scale));
+    }
   }
   fence_async_proxy();
   named_sync(3, kConsumers);
@@ -108,6 +102,9 @@ __device__ void produce(const SmallUpParams& p, const Slots& slots, u32 ring, u3
               full, policy);
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
+  // The next kernel reads ids and weights before its own wait: they are there. It starts to copy
+  // weights at once, and should not take the memory's time from those that are needed first.
+  if (p.late) pdl_trigger();
 }
 
 __device__ void finish_up(const SmallUpParams& p, float (&acc)[S::kAcc], int slot, int row_tile,
@@ -161,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   const float a_scale = p.dynamic ? 1.0f : *p.a_scale;
   const float q_scale = p.dynamic ? 1.0f : *p.q_scale;
   pdl_wait();
-  pdl_trigger();  // the next kernel reads ids and weights before its own wait: they are there
+  if (!p.late) pdl_trigger();
   // One short batch with a static scale: its loads are on their way while the slots are found.
   constexpr int kAhead = 4;
   const int vectors = p.batch.tokens * (p.k / 8);
@@ -193,7 +190,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
     for (int i = 0; i < kAhead; ++i) {
       const int at = threadIdx.x + i * kConsumers, t = at / (p.k / 8);
       if (at < vectors) {
-        put_tokens(tokens + token_offset(t, (at - t * (p.k / 8)) * 8, p.k), held[i], a_scale);
+        *reinterpret_cast<uint2*>(tokens + token_offset(t, (at - t * (p.k / 8)) * 8, p.k)) =
+            quantize8(held[i], a_scale, __frcp_rn(a_scale));
       }
     }
     fence_async_proxy();

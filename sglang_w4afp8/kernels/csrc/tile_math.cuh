@@ -76,41 +76,43 @@ __device__ __forceinline__ void stage_math(float (&acc)[S::kAcc], u32 w, u32 s, 
   constexpr int kItems = S::kTiles * S::kGroups;
   // Two groups in flight hide the wgmma latency; 64 columns leave no registers for the second.
   constexpr bool kPairs = S::kTokens <= 32 && kItems > 1;
-  auto begin = [&](float(&part)[S::kAcc], int item) {
+  auto begin = [&](float(&part)[S::kAcc], u32& scales, int item) {
     const int tile = item / S::kGroups;
+    scales = lds32(s + tile * S::kTileScaleBytes + item % S::kGroups * 128);
     start_group<S>(part, w + tile * S::kTileBytes, b + tile * b_step, item % S::kGroups);
   };
-  auto end = [&](float(&part)[S::kAcc], int item) {
+  auto end = [&](float(&part)[S::kAcc], u32 scales, int item) {
     const int tile = item / S::kGroups, group = item % S::kGroups;
     pin(part);
-    add_scaled<S>(acc, part, lds32(s + tile * S::kTileScaleBytes + group * 128),
-                  S::kRestart && group == 0);
+    add_scaled<S>(acc, part, scales, S::kRestart && group == 0);
     if (S::kRestart && group == S::kGroups - 1) finish(tile, acc);
   };
   if constexpr (kPairs) {
 #pragma unroll
     for (int item = 0; item < kItems; item += 2) {
       float even[S::kAcc], odd[S::kAcc];
-      begin(even, item);
+      u32 even_scales, odd_scales;
+      begin(even, even_scales, item);
       if (item + 1 < kItems) {
-        begin(odd, item + 1);
+        begin(odd, odd_scales, item + 1);
         mma_wait<1>();
       } else {
         mma_wait<0>();
       }
-      end(even, item);
+      end(even, even_scales, item);
       if (item + 1 < kItems) {
         mma_wait<0>();
-        end(odd, item + 1);
+        end(odd, odd_scales, item + 1);
       }
     }
   } else {
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
       float part[S::kAcc];
-      begin(part, item);
+      u32 scales;
+      begin(part, scales, item);
       mma_wait<0>();
-      end(part, item);
+      end(part, scales, item);
     }
   }
 }

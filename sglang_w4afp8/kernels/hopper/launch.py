@@ -37,8 +37,8 @@ class _RouteParams(ctypes.Structure):
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("header", _P),
-        ("tile_expert", _P), ("columns", _P), ("pairs", _I), ("hidden", _I), ("experts", _I),
-        ("tile_tokens", _I), ("ids_are_64", _I),
+        ("tile_expert", _P), ("columns", _P), ("pairs", _I), ("top_k", _I), ("hidden", _I),
+        ("experts", _I), ("tile_tokens", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class _SmallUpParams(ctypes.Structure):
         ("w", _P), ("scales", _P), ("x", _P), ("a_scale", _P), ("q_scale", _P), ("q", _P),
         ("q_row_scale", _P), ("inner", _P), ("join", _Join), ("slot_count", _P),
         ("batch", _Batch), ("rows", _I), ("k", _I), ("blocks", _I), ("ring", _I),
-        ("dynamic", _I),
+        ("dynamic", _I), ("late", _I),
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def _small(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), _pointer(t.w13_input_scale),
         _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
         _Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
-        2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
+        2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic), int(up.late),
     )  # fmt: skip
     down_parameters = _SmallDownParams(
         t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"],
@@ -273,7 +273,7 @@ def _large(
     dynamic = int(layer.dynamic)
     route_parameters = _RouteParams(
         t.x.data_ptr(), ids, at["xq"], at["x_scale"], _pointer(t.w13_input_scale), *lists, pairs,
-        layer.hidden, layer.experts, up.tokens, ids_are_64,
+        layer.top_k, layer.hidden, layer.experts, up.tokens, ids_are_64,
     )  # fmt: skip
     up_parameters = _GemmParams(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], ids, *lists,

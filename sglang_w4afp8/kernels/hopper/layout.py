@@ -13,7 +13,8 @@ mma.sync want the A operand. Which rows of the checkpoint these are is free, and
 
 * gate and up: row g is a gate row and row g + 8 the up row of the same feature, so that
   SiLU(gate)·up needs no exchange between threads;
-* down: rows g and g + 8 are output columns 2g and 2g + 1, so that results are stored in pairs.
+* down: rows g and g + 8 are neighbouring output columns, and so are the same rows of a
+  warpgroup's several row tiles, so that a thread's results are stored together.
 
 The 16 bytes are four words; word j holds columns 16 j + 4 q + (0…3) of rows g (``x``) and g + 8
 (``y``), byte i being ``|x_i| + 8·sign(y_i) + 16·|y_(i+1 mod 4)| + 128·sign(x_i)``. E4M3 bit
@@ -63,8 +64,12 @@ class StageShape:
             raise ValueError(f"{rows} rows by {k} columns: both must be multiples of 64")
         stage_k = next(size for size in STAGE_COLUMNS if k % size == 0)
         # Several row tiles share a stage only when each is complete within it: their sums need no
-        # registers from one stage to the next.
-        return cls(rows, k, stage_k, max(1, 256 // stage_k) if stage_k == k else 1)
+        # registers from one stage to the next. A warpgroup's tiles interleave, so it has all or
+        # none of them.
+        tiles = max(1, 256 // stage_k) if stage_k == k else 1
+        while rows // ROW_TILE % tiles:
+            tiles //= 2
+        return cls(rows, k, stage_k, tiles)
 
     @property
     def stages_per_unit(self) -> int:
@@ -77,7 +82,7 @@ class StageShape:
         return -(-self.rows // (2 * self.tiles * ROW_TILE))
 
 
-def _row_order(rows: int, gate_up: bool) -> torch.Tensor:
+def _row_order(rows: int, gate_up: bool, tiles: int) -> torch.Tensor:
     """Checkpoint row of (row tile, warp, g, half), flat: ``(rows,)`` int64."""
     tile, warp, g, half = torch.meshgrid(
         torch.arange(rows // ROW_TILE),
@@ -89,7 +94,8 @@ def _row_order(rows: int, gate_up: bool) -> torch.Tensor:
     if gate_up:
         order = tile * 32 + warp * 8 + g + half * (rows // 2)
     else:
-        order = tile * 64 + warp * 16 + g * 2 + half
+        group, in_group = tile // tiles, tile % tiles
+        order = group * 64 * tiles + (warp * 16 + g * 2) * tiles + in_group * 2 + half
     return order.flatten()
 
 
@@ -115,7 +121,7 @@ def shuffle_expert(
         ``(rows, K/2)`` uint8.
     """
     rows, k = shape.rows, shape.k
-    codes = unpack_int4(packed)[_row_order(rows, gate_up).to(packed.device)]
+    codes = unpack_int4(packed)[_row_order(rows, gate_up, shape.tiles).to(packed.device)]
     # k = 64 block + 16 j + 4 q + i, row = (tile, warp, g, half)
     codes = codes.view(rows // ROW_TILE, 4, 8, 2, k // 64, 4, 4, 4)
     negative = codes < 0
@@ -141,7 +147,7 @@ def shuffle_expert_scales(scales: torch.Tensor, gate_up: bool, shape: StageShape
         ``(rows, K/group)`` bfloat16.
     """
     rows, groups = scales.shape
-    ordered = scales[_row_order(rows, gate_up).to(scales.device)]
+    ordered = scales[_row_order(rows, gate_up, shape.tiles).to(scales.device)]
     ordered = ordered.view(rows // ROW_TILE, ROW_TILE, groups).transpose(1, 2)
     ordered = ordered.reshape(rows // ROW_TILE, shape.stages_per_unit, -1)
     return _stage_order(ordered, shape).view(rows, groups)

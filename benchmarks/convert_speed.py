@@ -1,0 +1,265 @@
+"""How fast ``convert`` is, and how much memory it takes.
+
+Two measurements:
+
+* ``rounding``: one expert matrix of DeepSeek-R1 (2048 x 7168, FP8 128x128 or BF16) through a
+  method, in memory, on one core or one GPU: the arithmetic alone.
+* ``checkpoint``: a synthetic DeepSeek-like FP8 checkpoint of ``--gigabytes`` on disk, converted end
+  to end (read, round, pack, hash, write, fsync), with the peak resident memory of every process.
+  Experts are random, different in every shard; nothing is sparse. The page cache is dropped for the
+  source files before the run (posix_fadvise), so reads come from the disk.
+
+    python benchmarks/convert_speed.py rounding --output benchmarks/results/NAME.json
+    python benchmarks/convert_speed.py checkpoint --gigabytes 20 --workers 2 --directory /scratch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import sglang_w4afp8
+from sglang_w4afp8.quantize.weights import quantize_weight
+from sglang_w4afp8.tools.rewrite import one_thread
+
+ROWS, COLUMNS = 2048, 7168  # gate_proj of a DeepSeek-R1 expert
+FP8 = torch.float8_e4m3fn
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    cpu = "unknown"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].split(":")[1].strip() if lines else cpu
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sglang_w4afp8": sglang_w4afp8.__version__,
+        "commit": commit or "unknown",
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _matrix(kind: str, device: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    torch.manual_seed(0)
+    weight = torch.randn(ROWS, COLUMNS)
+    if kind == "bf16":
+        return weight.to(torch.bfloat16).to(device), None
+    scale = torch.rand(ROWS // 128, COLUMNS // 128) * 1e-3 + 1e-4
+    return (weight * 60).clamp(-448, 448).to(FP8).to(device), scale.to(device)
+
+
+def rounding(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Time every method on one matrix, single-threaded on a CPU."""
+    rows = []
+    for kind in ("fp8", "bf16"):
+        data, scale = _matrix(kind, device)
+        for method, full_range in (("rtn", False), ("mse", False), ("mse", True)):
+            times = []
+            for repeat in range(repeats + 1):
+                if device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                _, _, stats = quantize_weight(
+                    data,
+                    scale,
+                    None if scale is None else (128, 128),
+                    method=method,
+                    full_range=full_range,
+                )
+                if device.startswith("cuda"):
+                    torch.cuda.synchronize()
+                if repeat:  # the first one warms up
+                    times.append(time.perf_counter() - start)
+            size = data.numel() * data.element_size()
+            rows.append(
+                {
+                    "source": kind,
+                    "method": method + ("+full-range" if full_range else ""),
+                    "device": device,
+                    "mb_per_s_median": size / statistics.median(times) / 1e6,
+                    "mb_per_s_best": size / min(times) / 1e6,
+                    "snr_db": stats.snr_db,
+                }
+            )
+    return rows
+
+
+def write_source(folder: Path, gigabytes: float, shard_bytes: int = 2 << 30) -> int:
+    """A DeepSeek-like FP8 checkpoint of about this size; returns its bytes."""
+    per_expert = 3 * ROWS * COLUMNS
+    experts = max(1, round(gigabytes * 1e9 / per_expert))
+    per_shard = max(1, shard_bytes // per_expert)
+    shards = -(-experts // per_shard)
+    folder.mkdir(parents=True)
+    total = 0
+    generator = torch.Generator().manual_seed(1)
+    for shard in range(shards):
+        tensors: dict[str, torch.Tensor] = {}
+        # Random bytes with two exponent bits masked out, so that none is NaN.
+        for expert in range(shard * per_shard, min(experts, (shard + 1) * per_shard)):
+            for name, shape in (
+                ("gate_proj", (ROWS, COLUMNS)),
+                ("up_proj", (ROWS, COLUMNS)),
+                ("down_proj", (COLUMNS, ROWS)),
+            ):
+                raw = torch.randint(
+                    0, 256, (shape[0] * shape[1] // 8,), generator=generator, dtype=torch.uint8
+                ).repeat(8)
+                prefix = f"model.layers.3.mlp.experts.{expert}.{name}"
+                tensors[f"{prefix}.weight"] = (raw & 0xE7).view(FP8).view(shape)
+                tensors[f"{prefix}.weight_scale_inv"] = torch.full(
+                    (shape[0] // 128, shape[1] // 128), 1e-3
+                )
+        file = folder / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        total += file.stat().st_size
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 4,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return total
+
+
+def drop_cache(folder: Path) -> None:
+    """Make the next reads come from the disk."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_speed(folder: Path) -> float:
+    """Bytes per second of reading the source alone, from the disk: the bound of any converter."""
+    drop_cache(folder)
+    buffer = bytearray(16 << 20)
+    total = 0
+    start = time.perf_counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                total += count
+    return total / (time.perf_counter() - start)
+
+
+# Peak memory is the kernel's high-water mark (VmHWM) of each process; with workers, the largest
+# worker's is sampled, since it is gone when the call returns.
+_CONVERT = """
+import json, os, sys, threading, time
+from sglang_w4afp8.tools.convert import convert_checkpoint
+
+def mark(pid):
+    try:
+        lines = open(f"/proc/{pid}/status").read().splitlines()
+        return max((int(l.split()[1]) / 1024 for l in lines if l.startswith("VmHWM")), default=0)
+    except OSError:
+        return 0
+
+def workers():
+    here = os.getpid()
+    return open(f"/proc/{here}/task/{here}/children").read().split()
+
+source, target, method, count, device = sys.argv[1:]
+before, largest, running = mark("self"), 0, True
+
+def watch():
+    global largest
+    while running:
+        largest = max([largest, *(mark(pid) for pid in workers())])
+        time.sleep(0.1)
+
+thread = threading.Thread(target=watch)
+thread.start()
+start = time.perf_counter()
+report = convert_checkpoint(source, target, method=method, workers=int(count), device=device)
+seconds = time.perf_counter() - start
+running = False
+thread.join()
+print(json.dumps({"seconds": seconds, "shards": report.shards, "rss_before_mb": before,
+                  "rss_peak_mb": mark("self"), "rss_peak_worker_mb": largest}))
+"""
+
+
+def checkpoint(
+    gigabytes: float, directory: str | None, workers: int, method: str, device: str
+) -> dict[str, Any]:
+    """Convert a synthetic checkpoint end to end."""
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        source, target = Path(scratch) / "source", Path(scratch) / "target"
+        size = write_source(source, gigabytes)
+        disk = read_speed(source)
+        drop_cache(source)
+        # In a process of its own: this one has held whole shards while writing the source.
+        call = [str(source), str(target), method, str(workers), device]
+        done = subprocess.run(
+            [sys.executable, "-c", _CONVERT, *call], capture_output=True, text=True, check=True
+        )
+        inner = json.loads(done.stdout.splitlines()[-1])
+        written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return {
+        "source_bytes": size,
+        "written_bytes": written,
+        "largest_shard_bytes": 2 << 30,
+        "method": method,
+        "device": device,
+        "workers": workers,
+        "mb_per_s": size / inner["seconds"] / 1e6,
+        "disk_read_mb_per_s": disk / 1e6,
+        **inner,
+    }
+
+
+def main() -> int:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("rounding", "checkpoint"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--gigabytes", type=float, default=20.0)
+    parser.add_argument("--directory", help="where the synthetic checkpoint goes")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--method", default="mse")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"environment": environment()}
+    if options.what == "rounding":
+        with one_thread():
+            result["rounding"] = rounding(options.device, options.repeats)
+    else:
+        result["checkpoint"] = checkpoint(
+            options.gigabytes, options.directory, options.workers, options.method, options.device
+        )
+    text = json.dumps(result, indent=2)
+    print(text)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
