@@ -78,6 +78,16 @@ def test_the_patterns_find_what_they_mean(meaning: str, line: str) -> None:
     assert re.search(FORBIDDEN[meaning], line)
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = []
+    for name, text in texts():
+        if name.endswith(".md"):
+            for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+                if "://" not in target and not (ROOT / name).parent.joinpath(target).exists():
+                    broken.append(f"{name}: {target}")
+    assert broken == []
+
+
 def test_no_file_is_too_long() -> None:
     long = {
         name: len(text.splitlines())
