@@ -41,9 +41,9 @@ def hooks_table() -> str:
 def served_table() -> str:
     """What ``sglang-w4afp8 demo --out`` found, from the committed result files."""
     lines = [
-        "| Model architecture | Device | SGLang | TP | Tokens as transformers' | Largest logprob "
-        "difference |",
-        "|---|---|---|---|---|---|",
+        "| Architecture | Device | SGLang | TP | Greedy tokens | Largest logprob difference | "
+        "Mean over a given text |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in sorted((DOCS.parent / "benchmarks" / "results").glob("serve-*.json")):
         result = json.loads(path.read_text())
@@ -51,11 +51,13 @@ def served_table() -> str:
             for run in runs:
                 title = f"tp {run['tp']}" + (f" {run['backend']}" * (run["backend"] != "auto"))
                 found = result["against_transformers"][f"{model}: {title}"]
-                same = "identical" if found["tokens_identical"] else "differ"
+                largest = found["largest_logprob_difference"]
                 lines.append(
                     f"| {model} | {result['device']} | {result['versions']['sglang']} | "
-                    f"{title.removeprefix('tp ')} | {same} | "
-                    f"{found['largest_logprob_difference']:.1e} |"
+                    f"{title.removeprefix('tp ')} | "
+                    f"{'identical' if found['tokens_identical'] else 'differ'} | "
+                    f"{'—' if largest is None else format(largest, '.1e')} | "
+                    f"{found['mean_forced_logprob_difference']:.1e} |"
                 )
     return "\n".join(lines)
 
