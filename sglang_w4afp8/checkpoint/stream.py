@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from sglang_w4afp8.errors import CheckpointError
 
 TEMP_SUFFIX = ".w4afp8-tmp"
 _COPY_BYTES = 16 << 20
+# Tensors that may wait for the disk while the next ones are computed.
+_WRITE_BEHIND = 3
 
 
 def _view(flat: torch.Tensor) -> memoryview:
@@ -52,6 +56,10 @@ class TensorReader:
         self._root = root
         self._max_open = max_open
         self._files: dict[str, int] = {}
+        self._ahead: dict[str, Future[torch.Tensor]] = {}
+        # The background thread has descriptors of its own: nothing here needs a lock.
+        self._thread: ThreadPoolExecutor | None = None
+        self._background: TensorReader | None = None
 
     def _descriptor(self, shard: str) -> int:
         descriptor = self._files.pop(shard, None)
@@ -82,10 +90,22 @@ class TensorReader:
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype and shape."""
+        ahead = self._ahead.pop(entry.name, None)
+        if ahead is not None:
+            return ahead.result()
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         if entry.nbytes:
             self.read_into(entry, 0, _view(buffer))
         return buffer.view(entry.torch_dtype).view(entry.shape)
+
+    def prefetch(self, entries: Iterable[TensorEntry]) -> None:
+        """Start reading tensors in the background; a later :meth:`read` takes them over."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1)
+            self._background = TensorReader(self._root, self._max_open)
+        assert self._background is not None
+        for entry in entries:
+            self._ahead[entry.name] = self._thread.submit(self._background.read, entry)
 
     def chunks(self, entry: TensorEntry, size: int = _COPY_BYTES) -> Iterable[memoryview]:
         """The tensor's raw bytes in pieces; each piece is valid until the next one."""
@@ -99,6 +119,10 @@ class TensorReader:
 
     def close(self) -> None:
         """Close all files."""
+        if self._thread is not None and self._background is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._background.close()
+        self._ahead.clear()
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -158,7 +182,9 @@ def build_header(tensors: list[OutTensor], metadata: Mapping[str, str]) -> bytes
 class ShardWriter:
     """Streams one safetensors file; ``commit`` makes it visible, anything else removes it.
 
-    Tensors must be written in the order of :func:`file_order`. Use as a context manager.
+    Tensors must be written in the order of :func:`file_order`. Hashing and writing happen in a
+    thread, a few tensors behind the caller; a failed write is raised by a later call, at the
+    latest by ``commit``. Use as a context manager.
 
     Args:
         path: final file.
@@ -172,8 +198,9 @@ class ShardWriter:
         self.path = path
         self._temp = path.with_name(f"{path.name}.{os.getpid()}{TEMP_SUFFIX}")
         self._pending = list(reversed(tensors))
-        self._missing = 0
         self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._behind: deque[Future[None]] = deque()
         self.size_bytes = 0
         header = build_header(tensors, metadata or {"format": "pt"})
         total = len(header) + sum(item.nbytes for item in tensors)
@@ -199,7 +226,6 @@ class ShardWriter:
             view = view[count:]
 
     def _next(self, name: str) -> OutTensor:
-        assert not self._missing, "the previous tensor is incomplete"
         item = self._pending.pop()
         assert item.name == name, f"{name} written, {item.name} expected"
         return item
@@ -209,14 +235,22 @@ class ShardWriter:
         item = self._next(name)
         found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         assert found == (item.dtype, item.shape), f"{name}: {found} written, {item} announced"
+        self._wait(_WRITE_BEHIND)
+        self._behind.append(self._thread.submit(self._write, tensor_bytes(tensor.cpu())))
+
+    def _wait(self, allowed: int) -> None:
+        """Wait until at most ``allowed`` tensors are still to be written."""
         try:
-            self._write(tensor_bytes(tensor.cpu()))
+            while len(self._behind) > allowed:
+                self._behind.popleft().result()
         except OSError as error:
             raise write_error(self.path, error) from error
 
     def write_raw(self, name: str, chunks: Iterable[memoryview]) -> None:
         """Write the next tensor from raw pieces (a bit-identical copy)."""
         item = self._next(name)
+        # The pieces are reused by their reader, so they cannot wait.
+        self._wait(0)
         before = self.size_bytes
         try:
             for chunk in chunks:
@@ -232,6 +266,7 @@ class ShardWriter:
             sha256 of the file, hexadecimal.
         """
         assert not self._pending, f"{len(self._pending)} tensors were never written"
+        self._wait(0)
         try:
             os.fsync(self._file)
             os.close(self._file)
@@ -244,6 +279,7 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Drop the temporary file; harmless after ``commit``."""
+        self._thread.shutdown(cancel_futures=True)
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -19,8 +19,8 @@ def decode_e4m3(weight: torch.Tensor) -> torch.Tensor:
 
     On a CPU torch converts one element at a time (3 ns each); moving the bits into a float16 and
     rescaling by 2⁸ is vectorised and ten times faster. E4M3's subnormals become float16 subnormals,
-    so nothing is rounded. NaN, which E4M3 spells as magnitude 0x7F, must be excluded by the caller
-    (:func:`has_nan_e4m3`); here it would read as 480.
+    so nothing is rounded. Only NaN, magnitude 0x7F, has no counterpart there; a tensor that holds
+    one takes torch's way.
 
     Args:
         weight: any shape, float8_e4m3fn.
@@ -28,7 +28,7 @@ def decode_e4m3(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         Same shape, float32.
     """
-    if weight.is_cuda:
+    if weight.is_cuda or has_nan_e4m3(weight):
         return weight.to(torch.float32)
     # A sign-extended byte s mmmmmmm shifted left by 7 is s s mmmmmmm 0000000; clearing bit 14
     # leaves float16's sign, a zero top exponent bit, and the seven magnitude bits in place.

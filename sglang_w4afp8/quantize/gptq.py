@@ -1,10 +1,10 @@
 """GPTQ: rounding that lets later columns make up for the error of earlier ones.
 
 For inputs x with second moment H = E[x xᵀ], the loss of a rounded row is (w − ŵ) H (w − ŵ)ᵀ.
-Columns are rounded in order; the error of each is pushed onto the columns not yet rounded, along the
-inverse of H, by way of its Cholesky factor. Scales are searched (:mod:`.mse`) group by group, on
-the weights as they are when the group's turn comes. Columns are never reordered: groups must stay
-contiguous along K.
+Columns are rounded in order; the error of each is pushed onto the columns not yet rounded, along
+the inverse of H, by way of its Cholesky factor. Scales are searched (:mod:`.mse`) group by group,
+on the weights as they are when the group's turn comes. Columns are never reordered: groups must
+stay contiguous along K.
 """
 
 from __future__ import annotations

@@ -109,9 +109,9 @@ class ExpertTask:
         return self.name.prefix
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes read for it."""
-        return sum(entry.nbytes for entry in self.parts.parts.values())
+    def sources(self) -> list[TensorEntry]:
+        """The parts."""
+        return list(self.parts.parts.values())
 
     def outputs(self) -> list[OutTensor]:
         """Weight, scales and, for static activations, the input scale."""
@@ -177,9 +177,9 @@ class UnpackTask:
         return self.name.prefix
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes read for it."""
-        return sum(entry.nbytes for entry in self.parts.parts.values())
+    def sources(self) -> list[TensorEntry]:
+        """The parts."""
+        return list(self.parts.parts.values())
 
     def outputs(self) -> list[OutTensor]:
         """One BF16 matrix."""

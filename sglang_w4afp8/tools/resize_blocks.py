@@ -61,9 +61,9 @@ class BlockScaleTask:
         return self.scale.name
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes read."""
-        return self.scale.nbytes
+    def sources(self) -> list[TensorEntry]:
+        """The scale."""
+        return [self.scale]
 
     def outputs(self) -> list[OutTensor]:
         """The same scale, larger."""
@@ -90,9 +90,9 @@ class GroupScaleTask:
         return self.scale.name
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes read."""
-        return self.scale.nbytes
+    def sources(self) -> list[TensorEntry]:
+        """The scale."""
+        return [self.scale]
 
     def outputs(self) -> list[OutTensor]:
         """The same scale, wider."""

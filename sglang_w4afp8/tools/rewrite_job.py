@@ -8,6 +8,7 @@ run at once, in this process or in workers.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -47,6 +48,11 @@ class Made:
     has_minus_eight: bool = False
 
 
+def bytes_of(task: Task) -> int:
+    """Bytes that a task reads."""
+    return sum(entry.nbytes for entry in task.sources)
+
+
 class Task(Protocol):
     """Something that turns source tensors into tensors of the result. Must be picklable."""
 
@@ -56,8 +62,8 @@ class Task(Protocol):
         ...
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes it reads."""
+    def sources(self) -> list[TensorEntry]:
+        """What it reads."""
         ...
 
     def outputs(self) -> list[OutTensor]:
@@ -109,7 +115,7 @@ class ShardJob:
     def source_bytes(self) -> int:
         """Bytes this job reads."""
         copied = sum(entry.nbytes for entry in self.copies.values())
-        return copied + sum(task.source_bytes for task in self.tasks.values())
+        return copied + sum(bytes_of(task) for task in self.tasks.values())
 
     @property
     def output_bytes(self) -> int:
@@ -176,6 +182,9 @@ def run_job(
         TensorReader(source_root) as reader,
         ShardWriter(target_root / job.shard, job.outputs) as writer,
     ):
+        # Tasks are made in file order; the next one's tensors are read while one is computed.
+        order = list(dict.fromkeys(job.owner[i.name] for i in job.outputs if i.name in job.owner))
+        following = dict(itertools.pairwise(order))
         for item in job.outputs:
             entry = job.copies.get(item.name)
             if entry is not None:
@@ -184,12 +193,14 @@ def run_job(
                 continue
             if item.name not in ready:
                 task = job.tasks[job.owner[item.name]]
+                if task.key in following:
+                    reader.prefetch(job.tasks[following[task.key]].sources)
                 made = task.make(reader, device)
                 ready.update(made.tensors)
                 minus_eight |= made.has_minus_eight
                 if made.stats is not None:
                     quality[task.key] = asdict(made.stats)
-                advance(task.source_bytes)
+                advance(bytes_of(task))
             writer.write(item.name, ready.pop(item.name))
         digest = writer.commit()
         record = ShardRecord(job.shard, digest, writer.size_bytes, quality, minus_eight)

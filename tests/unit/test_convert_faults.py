@@ -296,12 +296,16 @@ def test_memory_stays_bounded(tmp_path):
     for experts in (2, 6):
         shape = MoeShape(hidden=2048, inner=4096, experts=experts, layers=2, mtp=0)
         source = write_bf16(tmp_path / f"src{experts}", shape, shards=2)
+        # The kernel's own high-water mark; getrusage would start from this process's.
         script = (
-            "import resource, sys\n"
+            "import sys\n"
             "from sglang_w4afp8.tools.convert import convert_checkpoint\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "def peak():\n"
+            "    lines = open('/proc/self/status').read().splitlines()\n"
+            "    return int(next(l for l in lines if l.startswith('VmHWM')).split()[1])\n"
+            "before = peak()\n"
             "convert_checkpoint(sys.argv[1], sys.argv[2])\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+            "print(peak() - before)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script, str(source), str(tmp_path / f"dst{experts}")],

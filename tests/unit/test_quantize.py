@@ -36,10 +36,11 @@ def snr(reference: torch.Tensor, value: torch.Tensor) -> float:
 def test_every_e4m3_value_is_decoded_exactly():
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     finite = ~codes.to(torch.float32).isnan()
-    assert torch.equal(decode_e4m3(codes)[finite], codes.to(torch.float32)[finite])
+    assert torch.equal(decode_e4m3(codes).isnan(), ~finite)
+    assert torch.equal(decode_e4m3(codes[finite]), codes.to(torch.float32)[finite])
     # −0 stays −0: codes are copied on, not only compared.
     signs = codes.to(torch.float32)[finite].signbit()
-    assert torch.equal(decode_e4m3(codes)[finite].signbit(), signs)
+    assert torch.equal(decode_e4m3(codes[finite]).signbit(), signs)
     assert has_nan_e4m3(codes)
     assert not has_nan_e4m3(codes[finite])
     assert not has_nan_e4m3(torch.empty(0, dtype=FP8))

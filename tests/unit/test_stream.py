@@ -117,6 +117,7 @@ def test_full_disk_while_writing(tmp_path, monkeypatch):
         monkeypatch.setattr(stream.os, "write", full)
         with pytest.raises(CheckpointError, match="full"):
             writer.write("x", torch.zeros(2))
+            writer.commit()
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
 
@@ -155,6 +156,35 @@ def test_reader_keeps_few_files_open(tmp_path):
             _, (entry,) = read_header(tmp_path / f"{i}.safetensors")
             assert reader.read(entry).item() == i
             assert len(reader._files) <= 2
+
+
+def test_prefetched_tensors_are_the_same(tmp_path):
+    tensors = {f"x{i}": torch.full((100,), i, dtype=torch.int32) for i in range(6)}
+    write(tmp_path / "a.safetensors", tensors)
+    _, entries = read_header(tmp_path / "a.safetensors")
+    with TensorReader(tmp_path) as reader:
+        reader.prefetch(entries[:4])
+        for entry in entries:
+            assert torch.equal(reader.read(entry), tensors[entry.name])
+        reader.prefetch(entries)  # left over when the reader closes
+
+
+def test_many_tensors_wait_for_the_disk(tmp_path, monkeypatch):
+    import time
+
+    real = os.write
+
+    def slow(descriptor, data):
+        time.sleep(0.002)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(stream.os, "write", slow)
+    tensors = {f"x{i}": torch.full((64,), i, dtype=torch.int64) for i in range(50)}
+    digest = write(tmp_path / "a.safetensors", tensors)
+    assert digest == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)
 
 
 def test_small_files_are_atomic(tmp_path):
