@@ -1,0 +1,123 @@
+"""Loading copies slices, never whole tensors, and keeps at most one layer beside the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("sglang")
+
+from sglang_w4afp8.packing import pack_int4
+from sglang_w4afp8.spec import QuantSpec
+
+pytestmark = pytest.mark.sglang
+
+PREFIX = "model.layers.1.mlp.experts"
+EXPERTS, HIDDEN, INTERMEDIATE, TP = 2, 512, 2048, 32
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of all storages that operations create, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        known = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage.data_ptr() not in known:
+                    self.sizes.append(storage.nbytes())
+        return result
+
+
+def expert_tensors() -> dict[str, torch.Tensor]:
+    tensors = {}
+    for expert in range(EXPERTS):
+        for projection, (n, k) in {
+            "gate_proj": (INTERMEDIATE, HIDDEN),
+            "up_proj": (INTERMEDIATE, HIDDEN),
+            "down_proj": (HIDDEN, INTERMEDIATE),
+        }.items():
+            name = f"{PREFIX}.{expert}.{projection}"
+            tensors[f"{name}.weight"] = pack_int4(torch.randint(-8, 8, (n, k)))
+            tensors[f"{name}.weight_scale_inv"] = torch.rand(n, k // 128).bfloat16()
+            tensors[f"{name}.input_scale"] = torch.tensor([0.01])
+    return tensors
+
+
+def build(tensors: dict[str, torch.Tensor]) -> Any:
+    from sglang_w4afp8.srt.config import ShardedW4AFp8Config
+    from sglang_w4afp8.srt.virtual_ranks import load_experts
+
+    return load_experts(
+        ShardedW4AFp8Config(QuantSpec()),
+        tensors,
+        PREFIX,
+        num_experts=EXPERTS,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        top_k=1,
+        dtype=torch.bfloat16,
+    )
+
+
+def test_nothing_larger_than_a_slice_is_copied() -> None:
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    tensors = expert_tensors()
+    with virtual_rank(3, TP):
+        layer = build(tensors)  # parameters exist; now load the same tensors once more, watched
+        parameters = dict(layer.named_parameters())
+        slice_bytes = HIDDEN * INTERMEDIATE // TP // 2
+        with Allocations() as seen:
+            for name, tensor in tensors.items():
+                if "input_scale" in name:
+                    continue
+                expert, projection, kind = name.removeprefix(f"{PREFIX}.").split(".", 2)
+                shard_id = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
+                parameter = parameters[("w2_" if shard_id == "w2" else "w13_") + kind]
+                parameter.weight_loader(
+                    parameter, tensor, name, shard_id=shard_id, expert_id=int(expert)
+                )
+    # A scale column is gathered before it is written; codes are written straight from the file.
+    assert max(seen.sizes, default=0) <= HIDDEN * 8 < slice_bytes
+
+
+def test_the_watch_would_see_a_whole_copy() -> None:
+    tensors = expert_tensors()
+    whole = tensors[f"{PREFIX}.0.down_proj.weight"]
+    with Allocations() as seen:
+        whole.clone()[:, :32].contiguous()
+    assert max(seen.sizes) == whole.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_is_one_layer_above_the_result() -> None:
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    tensors = expert_tensors()
+    layers = []
+    before = torch.cuda.memory_allocated()
+    with virtual_rank(1, 8), torch.device("cuda"):
+        layers.append(build(tensors))
+        one_layer = torch.cuda.memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        layers += [build(tensors) for _ in range(4)]
+    result = torch.cuda.memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak - result <= one_layer
