@@ -38,8 +38,8 @@ def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
             held = old.tokens * wishes["hidden"] if chosen.path == "small" and side == "up" else 0
             shared = held + (old.shared_bytes - held) // old.ring * ring
             grid = (wishes.get(f"{side}_ctas", old.grid[0]), 1)
-            if chosen.path == "small" and side == "down":
-                grid = old.grid
+            if chosen.path != "large" and side == "down":
+                grid, shared, ring = old.grid, old.shared_bytes, old.ring
             late = bool(wishes.get("late", old.late))
             launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid, late=late)
         return replace(chosen, launches=tuple(launches))
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", default=["r1-tp8", "r1-tp16", "r1-tp32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
-    parser.add_argument("--path", nargs="+", default=["small", "large"])
+    parser.add_argument("--path", nargs="+", default=["small", "medium", "large"])
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--tune", nargs="*", default=[], help="see _tuned")
     parser.add_argument("--parts", action="store_true", help="time each launch alone, too")

@@ -133,7 +133,7 @@ __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
   return r;
 }
 // a / b as IEEE division rounds it, given 1 / b rounded to nearest: the remainder of a first
-// quotient is exact, and one step with it rounds correctly (Markstein). Three instructions, not ten.
+// quotient is exact, and one step with it rounds correctly (Markstein). 3 instructions, not 10.
 __device__ __forceinline__ float divide(float a, float b, float inverse) {
   const float q = a * inverse;
   const float better = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);

@@ -17,7 +17,7 @@ struct RouteParams {
   u8* xq;                // (M, hidden) E4M3
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  int* header;           // [0] number of tiles
+  int* header;           // [0] number of tiles, [1] whether a token may name an expert twice
   int* tile_expert;      // (tiles)
   int* columns;          // (tiles, tile_tokens) pair numbers t * top_k + k, or -1
   int pairs, top_k, hidden, experts, tile_tokens, ids_are_64;
@@ -183,7 +183,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     u32(*bits)[kBitWords] = reinterpret_cast<u32(*)[kBitWords]>(&counts[0][0]);
     int* places = &counts[kWarps - 1][0];
     const bool fits = p.pairs <= kKept * kThreads && p.pairs <= p.top_k * kBitWords * 32;
-    if (!fits || !sort_bits(p, bits, places, sums)) sort_any(p, counts, sums);
+    const bool distinct = fits && sort_bits(p, bits, places, sums);
+    if (threadIdx.x == 0) p.header[1] = !distinct;
+    if (!distinct) sort_any(p, counts, sums);
   } else {
     quantize_row(p, blockIdx.x - 1, reinterpret_cast<float*>(sums));
   }

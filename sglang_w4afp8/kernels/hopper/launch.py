@@ -63,6 +63,17 @@ class _CombineParams(ctypes.Structure):
     )  # fmt: skip
 
 
+class _OwnDownParams(ctypes.Structure):
+    """``OwnDownParams`` in own_down.cu."""
+
+    _fields_ = (
+        ("w", _P), ("scales", _P), ("b", _P), ("header", _P), ("tile_expert", _P),
+        ("columns", _P), ("b_scale", _P), ("weights", _P), ("out", _P), ("factor", _F),
+        ("rows", _I), ("tokens", _I), ("top_k", _I), ("max_tiles", _I), ("ring", _I),
+        ("dynamic", _I),
+    )  # fmt: skip
+
+
 class _SmallUpParams(ctypes.Structure):
     """``SmallUpParams`` in small_up.cu."""
 
@@ -247,7 +258,7 @@ def _small(
 def _large(
     layer: Layer, chosen: Plan, t: Tensors, out: torch.Tensor, factor: float
 ) -> list[tuple[Launch, ctypes.Structure]]:
-    route, up, down, combine = chosen.launches
+    route, up, down = chosen.launches[:3]
     tokens = t.x.shape[0]
     pairs = tokens * layer.top_k
     ids, ids_are_64 = t.topk_ids.data_ptr(), int(t.topk_ids.dtype == torch.int64)
@@ -262,7 +273,7 @@ def _large(
             "q": pairs * layer.inner,
             "row_scale": pairs * 4,
             "inner": pairs * layer.inner * 4 if layer.dynamic else 0,
-            "y": pairs * layer.hidden * 2,
+            "y": pairs * layer.hidden * 2 if chosen.path == "large" else 0,
             "partial": _partial_bytes(up),
         },
     )
@@ -282,10 +293,20 @@ def _large(
         2 * layer.inner, layer.hidden, layer.up.blocks, layer.top_k, up.ring, dynamic, pairs,
         layer.experts, ids_are_64,
     )  # fmt: skip
+    route_parameters.workspace = space  # lives as long as the launches may be made
+    work: list[tuple[Launch, ctypes.Structure]] = [(route, route_parameters), (up, up_parameters)]
+    row_scale = at["row_scale"] if dynamic else _pointer(t.w2_input_scale)
+    if chosen.path == "medium":
+        own_parameters = _OwnDownParams(
+            t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], *lists, row_scale,
+            t.topk_weights.data_ptr(), out.data_ptr(), factor, layer.hidden, tokens, layer.top_k,
+            chosen.tiles, down.ring, dynamic,
+        )  # fmt: skip
+        return [*work, (down, own_parameters)]
     down_join = _Join(None, None, layer.down.stages_per_unit)
     down_parameters = _GemmParams(
         t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], ids, *lists,
-        at["row_scale"] if dynamic else _pointer(t.w2_input_scale), None, None, None, None,
+        row_scale, None, None, None, None,
         at["y"], down_join, None, layer.hidden, layer.inner, layer.down.blocks, layer.top_k,
         down.ring, dynamic, pairs, layer.experts, ids_are_64,
     )  # fmt: skip
@@ -293,13 +314,7 @@ def _large(
         at["y"], t.topk_weights.data_ptr(), ids, out.data_ptr(), factor, layer.hidden,
         layer.top_k, layer.experts, ids_are_64,
     )  # fmt: skip
-    route_parameters.workspace = space  # lives as long as the launches may be made
-    return [
-        (route, route_parameters),
-        (up, up_parameters),
-        (down, down_parameters),
-        (combine, combine_parameters),
-    ]
+    return [*work, (down, down_parameters), (chosen.launches[3], combine_parameters)]
 
 
 class _CeilingParams(ctypes.Structure):

@@ -5,7 +5,9 @@ Two paths, chosen by the number of tokens alone, since nothing may wait for the 
 * ``small``, two launches. Every token is a column for every expert; a CTA quantises the tokens
   itself and keeps them in shared memory. The second kernel owns 64 output rows for all experts, so
   it also adds the experts up.
-* ``large``, four launches: token lists and FP8 of x; gate and up; down; sum over experts.
+* ``medium``, three launches: token lists and FP8 of x; gate and up; down with the sum over experts,
+  again by 64 output rows a CTA, in shared memory.
+* ``large``, four launches: the same first two; down; sum over experts.
 
 The stages of all work units of gate and up form one list that is dealt out in equal runs, so that
 each CTA streams the same number of bytes whatever the routing is.
@@ -28,6 +30,8 @@ STATIC_BYTES = 6_144
 
 SMALL_TOKENS = 8
 MAX_SMALL_TOP_K = 16
+MAX_MEDIUM_TOKENS = 256
+MAX_MEDIUM_PAIRS = 2048
 MAX_EXPERTS = 512
 TILE_TOKENS = (8, 16, 32, 64)
 ROUTE_THREADS = 512
@@ -106,9 +110,9 @@ class Plan:
     """The launches of a call, in order, and the sizes of their workspace.
 
     Attributes:
-        path: ``small`` or ``large``.
+        path: ``small``, ``medium`` or ``large``.
         launches: in stream order.
-        tiles: most token tiles (large) or slots (small).
+        tiles: most token tiles, or slots (small).
     """
 
     path: str
@@ -216,7 +220,25 @@ def _small(layer: Layer, tokens: int, sms: int) -> Plan | None:
     )
 
 
-def _large(layer: Layer, tokens: int, sms: int) -> Plan:
+def _own_down(layer: Layer, tokens: int, columns: int, tiles: int) -> Launch | None:
+    """The launch of own_down.cu, or None if it cannot hold the batch."""
+    down, pairs = layer.down, tokens * layer.top_k
+    if tokens > MAX_MEDIUM_TOKENS or pairs > MAX_MEDIUM_PAIRS or down.stages_per_unit > 1:
+        return None
+    # Its stages have one row tile of 64 for each of 2 · tiles token tiles.
+    token_bytes = 2 * down.tiles * columns * down.stage_k
+    stage = stage_bytes(down, layer.inner_group, token_bytes) + BARRIER_BYTES
+    tables = 2 * tokens * 64 * 4 + pairs * 4 + tiles * (columns + 1) * 2
+    ring = min(6, (CTA_SHARED_BYTES - 1024 - tables) // stage)
+    if ring < 3:
+        return None
+    kernel = _matrix_kernel(
+        layer, "own_down.cu", "w4a8_own_down", False, columns, W4_TILES=down.tiles
+    )
+    return Launch(kernel, (layer.hidden // 64, 1), THREADS, ring * stage + tables, ring, columns)
+
+
+def _large(layer: Layer, tokens: int, sms: int, path: str | None) -> Plan:
     columns = _tile_tokens(layer, tokens)
     # The register files hold two CTAs of the narrow kernels.
     per_sm = 2 if columns <= 16 else 1
@@ -241,11 +263,17 @@ def _large(layer: Layer, tokens: int, sms: int) -> Plan:
         matrix.append(Launch(kernel, (sms * per_sm, 1), THREADS, shared, ring, columns))
     pairs = tokens * layer.top_k
     tiles = min(pairs, layer.experts + pairs // columns)
+    route = Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS)
+    own = _own_down(layer, tokens, columns, tiles) if path != "large" else None
+    if own is not None:
+        return Plan(
+            "medium", (Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS), matrix[0], own), tiles
+        )
     vectors = -(-layer.hidden // (COMBINE_THREADS * 8))
     return Plan(
         "large",
         (
-            Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS),
+            route,
             *matrix,
             Launch(COMBINE, (tokens, vectors), COMBINE_THREADS),
         ),
@@ -260,12 +288,13 @@ def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
-        path: forces ``small`` (if it can run the call) or ``large``; for tests and the bench.
+        path: forces ``small`` or ``medium`` (where they can run the call) or ``large``; for tests
+            and the bench.
     """
     small = None
     if path == "small" or (path is None and tokens <= SMALL_TOKENS):
         small = _small(layer, tokens, sms)
-    return small or _large(layer, tokens, sms)
+    return small or _large(layer, tokens, sms, path)
 
 
 def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
@@ -273,7 +302,7 @@ def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
     found: dict[Kernel, None] = {}
     tokens = 1
     while tokens <= 1 << 20:
-        for path in ("small", "large"):
+        for path in ("small", "medium", "large"):
             for launch in plan(layer, tokens, sms, path).launches:
                 found[launch.kernel] = None
         tokens *= 2
