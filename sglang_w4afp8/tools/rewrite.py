@@ -251,7 +251,8 @@ def _run_jobs(
                 ["run the same command again with a smaller --workers"],
             ) from error
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Shards in the making are finished and kept; nothing new is begun.
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
     return records
 
