@@ -138,12 +138,6 @@ _CONFIG = (
         "decides which linears stay unquantised",
     ),
     _config(f"{_QUANT}.unquant:UnquantizedLinearMethod", Kind.ATTRIBUTE, (), "skipped linears"),
-    _config(
-        f"{_QUANT}.unquant:UnquantizedFusedMoEMethod",
-        Kind.CALL,
-        ("use_triton_kernels",),
-        "skipped experts",
-    ),
     _config(f"{_LINEAR_LAYERS}:LinearBase", Kind.ATTRIBUTE, (), "tells linears from other layers"),
     _config(
         f"{_MOE_PACKAGE}.fused_moe_triton:FusedMoE",

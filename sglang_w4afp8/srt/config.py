@@ -14,10 +14,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from sglang.srt.layers.quantization.unquant import (
-    UnquantizedFusedMoEMethod,
-    UnquantizedLinearMethod,
-)
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
 
@@ -104,7 +101,7 @@ class ShardedW4AFp8Config(W4AFp8Config):
             return ShardedFp8LinearMethod(self, prefix)
         if isinstance(layer, FusedMoE):
             if self._is_skipped(prefix):
-                return UnquantizedFusedMoEMethod(layer.use_triton_kernels)
+                return None  # FusedMoE then makes its own unquantised method
             self.moe_layers += 1
             return choose_moe_method(self, layer, prefix)
         return None

@@ -500,3 +500,23 @@ def test_what_is_left_unquantised() -> None:
     assert method(name, ignored_layers=(name,)) == plain
     assert method(name, ignored_layers=("model.layers.1.self_attn.b_proj",)) != plain
     assert method(name, weight_block_size=None) == plain
+
+
+def test_experts_left_unquantised_are_bfloat16() -> None:
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    with virtual_rank(0, 1):
+        layer = FusedMoE(
+            num_experts=EXPERTS,
+            hidden_size=HIDDEN,
+            intermediate_size=512,
+            layer_id=0,
+            top_k=TOP_K,
+            params_dtype=torch.bfloat16,
+            quant_config=config(ignored_layers=(PREFIX,)),
+            prefix=PREFIX,
+        )
+    assert layer.w13_weight.dtype == torch.bfloat16
+    assert "w13_weight_scale_inv" not in dict(layer.named_parameters())
