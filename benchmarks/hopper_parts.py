@@ -40,8 +40,7 @@ def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
             grid = (wishes.get(f"{side}_ctas", old.grid[0]), 1)
             if chosen.path != "large" and side == "down":
                 grid, shared, ring = old.grid, old.shared_bytes, old.ring
-            late = bool(wishes.get("late", old.late))
-            launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid, late=late)
+            launches[number] = replace(old, ring=ring, shared_bytes=shared, grid=grid)
         return replace(chosen, launches=tuple(launches))
 
     return tune

@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sglang_w4afp8.testing.checkpoints import to_fp8_blocks
 from sglang_w4afp8.tools.rewrite import one_thread
 
 SHAPE = (1024, 4096)
+DISTRIBUTIONS = ("Gauss", "Laplace", "Student t5", "Student t3")
 METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "mse": {"method": "mse"},
@@ -42,10 +44,10 @@ def draw(name: str) -> torch.Tensor:
     return torch.distributions.StudentT(freedom).sample(SHAPE) * 0.02
 
 
-def table(source: str) -> list[dict[str, Any]]:
+def table(source: str, names: Sequence[str] = DISTRIBUTIONS) -> list[dict[str, Any]]:
     """SNR of every distribution, group size and method."""
     rows = []
-    for name in ("Gauss", "Laplace", "Student t5", "Student t3"):
+    for name in names:
         weight = draw(name)
         data, scale = weight.to(torch.bfloat16), None
         if source == "fp8":

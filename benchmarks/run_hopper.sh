@@ -15,6 +15,9 @@ step tests 100 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_hopper_mo
 grep -E "^E  |^FAILED|passed|failed" "$out/tests.txt" | cut -c1-150 | tail -n 30
 step parts 60 python3 benchmarks/hopper_parts.py --parts --json "$out/parts.json"
 cat "$out/parts.txt"
-step bench 120 python3 -m sglang_w4afp8.tools.bench moe --shape r1-tp8 r1-tp16 r1-tp32 \
-  --tokens 1 2 4 8 16 32 64 128 256 --provider ours --json "$out/bench.json" --commit "$commit"
-cat "$out/bench.txt"
+for tp in 8 16 32; do
+  step "bench-tp$tp" 60 python3 -m sglang_w4afp8.tools.bench moe --shape "r1-tp$tp" \
+    --tokens 1 2 4 8 16 32 64 128 256 --routing uniform zipf hot --provider ours \
+    --json "$out/moe-h100-r1-tp$tp.json" --commit "$commit"
+  cat "$out/bench-tp$tp.txt"
+done

@@ -9,7 +9,7 @@
 #include "tile_math.cuh"
 
 using S = Shape<W4_K, W4_TILES, W4_TOKENS, W4_GROUP, W4_MINUS_EIGHT != 0, true>;
-constexpr int kConsumers = 256;
+constexpr int kConsumers = 256, kLag = 2;
 constexpr int kStageTiles = 2 * S::kTiles;
 constexpr int kWeightBytes = kStageTiles * S::kTileBytes;
 constexpr int kScaleBytes = kStageTiles * S::kTileScaleBytes;
@@ -71,7 +71,8 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   for (int n = 0; n < early; ++n) copy_weights(n, n);
   pdl_wait();
   int slot = 0;
-  u32 phase = 0, filling = 0;
+  u32 phase = 0;
+  TokenHandover<kLag> handover{bars, p.ring};
   for (int n = 0; n < stages; ++n) {
     const u32 full = bars + slot * 16;
     if (n >= early) {
@@ -92,61 +93,61 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
         }
       }
     }
-    async_copy_commit();
-    if (filling != 0) {
-      async_copy_wait<1>();
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(filling);
-    }
-    filling = full;
+    handover.stage_asked();
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
-  async_copy_wait<0>();
-  fence_async_proxy();
-  __syncwarp();
-  if (lane == 0 && filling != 0) barrier_arrive(filling);
+  handover.rest();
 }
 
-// Adds one tile's results to its tokens' sums. With `twice` two columns may be the same token, and
-// lanes take turns.
-__device__ __forceinline__ void add_tile(float* sums, const Tables& tables,
-                                         float (&part)[S::kAcc], int tile, u32 inverse_top_k,
-                                         bool twice) {
+// Where one tile's results go: known before they are.
+struct Target {
+  float weight[kColumns];  // 0 for no pair
+  float2* at[kColumns];    // any valid place for no pair
+  u32 used;                // a bit per column
+};
+
+__device__ __forceinline__ Target find_target(float* sums, const Tables& tables, int tile,
+                                              int tiles, u32 inverse_top_k) {
   const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5, g = lane >> 2, q = lane & 3;
-  u32 pair[kColumns];
-#pragma unroll
-  for (int c = 0; c < kColumns; c += 2) {
-    const u32 two = *reinterpret_cast<const u32*>(
-        &tables.column[tile * S::kTokens + (c >> 1) * 8 + q * 2]);
-    pair[c] = two & 0xffff, pair[c + 1] = two >> 16;
-  }
-  float weight[kColumns];
-  float2* at[kColumns];
+  Target target;
+  target.used = 0;
+  const u16* column = tables.column + min(tile, tiles - 1) * S::kTokens + q * 2;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    const u32 known = pair[c] == kNone ? 0 : pair[c];
-    weight[c] = tables.weight[known];
-    at[c] = reinterpret_cast<float2*>(sums + sum_at(known * inverse_top_k >> 16, warp, g));
+    const u32 two = *reinterpret_cast<const u32*>(column + (c >> 1) * 8);
+    const u32 pair = c & 1 ? two >> 16 : two & 0xffff;
+    const bool used = pair != kNone && tile < tiles;
+    const u32 known = used ? pair : 0;
+    target.used |= static_cast<u32>(used) << c;
+    target.weight[c] = tables.weight[known];
+    target.at[c] =
+        reinterpret_cast<float2*>(sums + sum_at(known * inverse_top_k >> 16, warp, g));
   }
+  return target;
+}
+
+// With `twice` two columns of a tile may be the same token, and lanes take turns.
+__device__ __forceinline__ void add_tile(const Target& target, float (&part)[S::kAcc],
+                                         bool twice) {
   auto add = [&](int c, float2 old) {
     const int i = (c >> 1) * 4 + (c & 1);
-    *at[c] = make_float2(old.x + part[i] * weight[c], old.y + part[i + 2] * weight[c]);
+    *target.at[c] = make_float2(old.x + part[i] * target.weight[c],
+                                old.y + part[i + 2] * target.weight[c]);
   };
   __syncwarp();  // another lane may have added to the same token for the tile before
   if (!twice) {
     float2 old[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) old[c] = *at[c];
+    for (int c = 0; c < kColumns; ++c) old[c] = *target.at[c];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (pair[c] != kNone) add(c, old[c]);
+      if (target.used >> c & 1) add(c, old[c]);
     }
   } else {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       for (int turn = 0; turn < 4; ++turn) {
-        if (turn == q && pair[c] != kNone) add(c, *at[c]);
+        if (turn == (threadIdx.x & 3) && (target.used >> c & 1)) add(c, *target.at[c]);
         __syncwarp();
       }
     }
@@ -214,15 +215,16 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   for (int n = 0; n < stages; ++n) {
     const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
     const int tile = n * kStageTiles + group * S::kTiles;
+    Target target[S::kTiles];
+#pragma unroll
+    for (int i = 0; i < S::kTiles; ++i) {
+      target[i] = find_target(sums, tables, tile + i, tiles, inverse_top_k);
+    }
     barrier_wait(full, phase);
     const u64 b = token_descriptor(
         stage + kWeightBytes + kScaleBytes + group * S::kTiles * kTokenBytes, S::kK * 8);
     stage_math<S>(acc, stage + w_at, stage + s_at, b, kTokenBytes / 16,
-                  [&](int i, float(&part)[S::kAcc]) {
-                    if (tile + i < tiles) {
-                      add_tile(sums, tables, part, tile + i, inverse_top_k, twice);
-                    }
-                  });
+                  [&](int i, float(&part)[S::kAcc]) { add_tile(target[i], part, twice); });
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8);
     if (++slot == p.ring) slot = 0, phase ^= 1;

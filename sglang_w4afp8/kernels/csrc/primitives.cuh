@@ -94,6 +94,33 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Hands stages to the consumers when their tokens have arrived, which is a few stages after they
+// were asked for: the producer does not wait for the latest. Their writer makes them visible to the
+// matrix unit; readers would have to do it with their own stores in flight.
+template <int kLag>
+struct TokenHandover {
+  u32 bars;
+  int ring, asked = 0, slot = 0;
+  __device__ __forceinline__ void give() {
+    fence_async_proxy();
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(bars + slot * 16);
+    if (++slot == ring) slot = 0;
+  }
+  // After the copies of one more stage were started. kLag is less than the ring.
+  __device__ __forceinline__ void stage_asked() {
+    async_copy_commit();
+    if (asked++ >= kLag) {
+      async_copy_wait<kLag>();
+      give();
+    }
+  }
+  __device__ __forceinline__ void rest() {
+    async_copy_wait<0>();
+    for (int i = min(asked, kLag); i > 0; --i) give();
+  }
+};
+
 __device__ __forceinline__ uint4 lds128(u32 address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -25,7 +25,7 @@ struct SmallUpParams {
   Join join;
   u32* slot_count;        // dynamic: (slots), zero between launches
   Batch batch;
-  int rows, k, blocks, ring, dynamic, late;
+  int rows, k, blocks, ring, dynamic;
 };
 
 // Where column i of token t lies in a token operand of `width` columns (mma.cuh).
@@ -102,9 +102,6 @@ __device__ void produce(const SmallUpParams& p, const Slots& slots, u32 ring, u3
               full, policy);
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
-  // The next kernel reads ids and weights before its own wait: they are there. It starts to copy
-  // weights at once, and should not take the memory's time from those that are needed first.
-  if (p.late) pdl_trigger();
 }
 
 __device__ void finish_up(const SmallUpParams& p, float (&acc)[S::kAcc], int slot, int row_tile,
@@ -158,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   const float a_scale = p.dynamic ? 1.0f : *p.a_scale;
   const float q_scale = p.dynamic ? 1.0f : *p.q_scale;
   pdl_wait();
-  if (!p.late) pdl_trigger();
+  pdl_trigger();  // the next kernel reads ids and weights before its own wait: they are there
   // One short batch with a static scale: its loads are on their way while the slots are found.
   constexpr int kAhead = 4;
   const int vectors = p.batch.tokens * (p.k / 8);

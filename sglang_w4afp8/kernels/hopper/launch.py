@@ -81,7 +81,7 @@ class _SmallUpParams(ctypes.Structure):
         ("w", _P), ("scales", _P), ("x", _P), ("a_scale", _P), ("q_scale", _P), ("q", _P),
         ("q_row_scale", _P), ("inner", _P), ("join", _Join), ("slot_count", _P),
         ("batch", _Batch), ("rows", _I), ("k", _I), ("blocks", _I), ("ring", _I),
-        ("dynamic", _I), ("late", _I),
+        ("dynamic", _I),
     )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def _small(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), _pointer(t.w13_input_scale),
         _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
         _Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
-        2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic), int(up.late),
+        2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
     )  # fmt: skip
     down_parameters = _SmallDownParams(
         t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"],

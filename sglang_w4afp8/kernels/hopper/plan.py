@@ -93,7 +93,6 @@ class Launch:
         shared_bytes: dynamic shared memory.
         ring: stages in flight per CTA, 0 where there is no ring.
         tokens: columns of a tile, 0 where there are none.
-        late: let the next kernel start only when this one has asked for its last weights.
     """
 
     kernel: Kernel
@@ -102,7 +101,6 @@ class Launch:
     shared_bytes: int = 0
     ring: int = 0
     tokens: int = 0
-    late: bool = False
 
 
 @dataclass(frozen=True)
