@@ -22,7 +22,7 @@ from sglang_w4afp8.spec import GROUP_SIZES
 from sglang_w4afp8.tools.act_scales import amaxes_of_source, load_amaxes, scales_for_layers
 from sglang_w4afp8.tools.console import human_bytes, human_seconds, print_json
 from sglang_w4afp8.tools.convert_output import write_outputs
-from sglang_w4afp8.tools.convert_plan import collect_experts, input_scale_entries, make_plan
+from sglang_w4afp8.tools.convert_plan import make_plan
 from sglang_w4afp8.tools.convert_tasks import ConvertOptions
 from sglang_w4afp8.tools.rewrite import (
     MANIFEST_NAME,
@@ -32,6 +32,7 @@ from sglang_w4afp8.tools.rewrite import (
     rewrite,
 )
 from sglang_w4afp8.tools.rewrite_job import ShardRecord
+from sglang_w4afp8.tools.source_tensors import collect_experts, input_scale_entries
 
 
 @dataclass
@@ -47,6 +48,7 @@ class ConvertReport:
         method: rounding method.
         group_size: INT4 codes per scale.
         activation: ``static`` or ``dynamic``.
+        tensors_rounded: of the converted ones, those that were not taken over exactly.
         tensors_converted: expert projections rounded or taken over.
         tensors_copied: tensors copied bit for bit.
         source_bytes: bytes read.
@@ -67,6 +69,7 @@ class ConvertReport:
     group_size: int
     activation: str
     tensors_converted: int
+    tensors_rounded: int
     tensors_copied: int
     source_bytes: int
     output_bytes: int
@@ -170,6 +173,7 @@ def convert_checkpoint(
         group_size=plan.group_size,
         activation=scheme,
         tensors_converted=sum(plan.formats.values()),
+        tensors_rounded=plan.rounded,
         tensors_copied=sum(len(job.copies) for job in plan.jobs),
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
@@ -319,9 +323,10 @@ def run(args: argparse.Namespace) -> int:
         f"{report.target}: {report.shards} shards {verb}, "
         f"{human_bytes(report.source_bytes)} → {human_bytes(report.output_bytes)}"
     )
+    how = f"by {report.method}" if report.tensors_rounded else "taken over exactly"
     print(
         f"{report.tensors_converted} expert matrices ({', '.join(report.formats) or 'none'}) → "
-        f"INT4 g{report.group_size} by {report.method}, {report.activation} activations; "
+        f"INT4 g{report.group_size} {how}, {report.activation} activations; "
         f"{report.tensors_copied} tensors copied bit for bit"
     )
     if report.quality:

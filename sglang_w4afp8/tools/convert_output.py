@@ -20,9 +20,10 @@ from sglang_w4afp8.checkpoint.stream import TEMP_SUFFIX, write_atomic, write_err
 from sglang_w4afp8.quantize.metrics import ErrorStats
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.tools.console import human_bytes
-from sglang_w4afp8.tools.convert_plan import ConvertPlan, quant_section
+from sglang_w4afp8.tools.convert_plan import ConvertPlan
 from sglang_w4afp8.tools.rewrite import MANIFEST_NAME
 from sglang_w4afp8.tools.rewrite_job import ShardRecord
+from sglang_w4afp8.tools.source_tensors import quant_section
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _REWRITTEN = frozenset(
@@ -42,7 +43,7 @@ def producer(plan: ConvertPlan, minus_eight: bool) -> dict[str, Any]:
     return {
         "name": "sglang-w4afp8",
         "version": __version__,
-        "method": plan.options.method,
+        "method": plan.options.method if plan.rounded else "taken over exactly",
         "source_formats": plan.formats,
         "codes": [-8, 7] if minus_eight else [-7, 7],
     }
@@ -180,6 +181,7 @@ def model_card(
         else "FP8 E4M3, dynamic; the checkpoint holds no input scales"
     )
     codes = "codes −8…7, scales may be negative" if minus_eight else "codes −7…7"
+    method = producer(plan, minus_eight)["method"]
     quality = quality_table(records)
     lines = [
         "---",
@@ -194,7 +196,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| routed experts | INT4 g{plan.group_size} along K, BF16 scales, {codes} |",
-        f"| method | {options.method}; source: {', '.join(sorted(plan.formats)) or 'none'} |",
+        f"| method | {method}; source: {', '.join(sorted(plan.formats)) or 'none'} |",
         f"| expert activations | {activations} |",
         f"| other linears | {linears} |",
         f"| converted layers | {_ranges(plan.layers)} |",

@@ -13,19 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from sglang_w4afp8 import __version__
 from sglang_w4afp8.checkpoint.dense_float import DenseFloat
 from sglang_w4afp8.checkpoint.formats import ExpertFormat, ExpertParts, detect
-from sglang_w4afp8.checkpoint.index import CheckpointIndex, TensorEntry
+from sglang_w4afp8.checkpoint.index import CheckpointIndex
 from sglang_w4afp8.checkpoint.names import (
     GEMM_OF,
     ExpertName,
     input_scale_name,
-    is_fused_expert,
-    parse_expert,
-    text_config,
     uses_w_scale_names,
 )
 from sglang_w4afp8.errors import CheckpointError, ConfigError
@@ -37,10 +33,12 @@ from sglang_w4afp8.tools.convert_tasks import (
     UnpackTask,
 )
 from sglang_w4afp8.tools.rewrite_job import ShardJob, Task
-
-# The part that decides in which shard the result of an expert projection is stored.
-MAIN_PARTS = ("weight", "weight_packed", "qweight")
-_INT4_LINEAR = re.compile(r"\.(qweight|weight_packed)$")
+from sglang_w4afp8.tools.source_tensors import (
+    MAIN_PARTS,
+    collect_experts,
+    describe_linears,
+    quant_section,
+)
 
 
 @dataclass
@@ -51,6 +49,7 @@ class ConvertPlan:
         options: see :class:`ConvertOptions`.
         jobs: one per output shard.
         formats: source format → number of expert projections.
+        rounded: of these, how many are rounded; the others are taken over exactly.
         layers: MoE layers that are converted.
         kept: ``…experts`` modules left as they are.
         group_size: of the result.
@@ -63,6 +62,7 @@ class ConvertPlan:
     options: ConvertOptions
     jobs: list[ShardJob]
     formats: dict[str, int]
+    rounded: int
     layers: list[int]
     kept: list[str]
     group_size: int
@@ -80,61 +80,6 @@ class ConvertPlan:
     def output_bytes(self) -> int:
         """Bytes of all tensors of the result."""
         return sum(job.output_bytes for job in self.jobs)
-
-
-def quant_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The source's quantization config, wherever its config.json keeps it."""
-    for place in (config, text_config(config)):
-        for key in ("quantization_config", "compression_config"):
-            section = place.get(key)
-            if isinstance(section, dict):
-                return section
-    return {}
-
-
-def collect_experts(index: CheckpointIndex) -> dict[str, tuple[ExpertName, dict[str, TensorEntry]]]:
-    """Group the expert tensors by projection.
-
-    Raises:
-        CheckpointError: the checkpoint stores all experts of a layer in one tensor.
-    """
-    # TensorRT-style w1.input_scale belongs to gate_proj: hence the canonical projection as key.
-    grouped: dict[tuple[str, int, str], list[tuple[ExpertName, TensorEntry]]] = {}
-    for entry in index:
-        name = parse_expert(entry.name)
-        if name is not None:
-            key = (name.module, name.expert, name.projection)
-            grouped.setdefault(key, []).append((name, entry))
-        elif is_fused_expert(entry.name) and len(entry.shape) == 3:
-            raise CheckpointError(
-                f"{entry.name} {list(entry.shape)}",
-                "all experts of the layer are in one tensor; convert reads checkpoints with one "
-                "tensor per expert and projection",
-                ["save the model with per-expert tensors first"],
-            )
-    found: dict[str, tuple[ExpertName, dict[str, TensorEntry]]] = {}
-    for (module, expert, projection), items in grouped.items():
-        main = [name for name, _ in items if name.part in MAIN_PARTS]
-        if not main:
-            raise CheckpointError(
-                f"{module}.{expert} has no {projection} weight, only {items[0][1].name}",
-                "scales without their weight cannot be converted",
-                ["download the shard that the index names for it", "rebuild the index"],
-            )
-        found[main[0].prefix] = (main[0], {name.part: entry for name, entry in items})
-    return found
-
-
-def input_scale_entries(
-    experts: dict[str, tuple[ExpertName, dict[str, TensorEntry]]],
-) -> dict[tuple[int, str], list[TensorEntry]]:
-    """``(layer, gemm)`` → the input scales in the source; empty unless every expert has one."""
-    found: dict[tuple[int, str], list[TensorEntry]] = {}
-    for name, parts in experts.values():
-        if "input_scale" not in parts:
-            return {}
-        found.setdefault((name.layer, GEMM_OF[name.projection]), []).append(parts["input_scale"])
-    return found
 
 
 def _kept_modules(modules: Iterable[str], patterns: tuple[str, ...]) -> set[str]:
@@ -219,33 +164,6 @@ def _group_of(
     return _result_group(taken_over, options.group_size, shape[1], parts.prefix)
 
 
-def _linears(
-    index: CheckpointIndex, quant: dict[str, Any]
-) -> tuple[tuple[int, int] | None, list[str]]:
-    """FP8 block of the non-expert linears, and which of them are not FP8."""
-    has_fp8 = False
-    plain: list[str] = []
-    for entry in index:
-        if parse_expert(entry.name) is not None:
-            continue
-        if _INT4_LINEAR.search(entry.name):
-            raise CheckpointError(
-                f"{entry.name} {entry.dtype} {list(entry.shape)}",
-                "linears outside the experts are INT4 too, and W4AFP8 has no such layer",
-                ["convert from the BF16 or FP8 checkpoint instead"],
-            )
-        if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
-            continue
-        if entry.dtype == "F8_E4M3":
-            has_fp8 = True
-        elif "embed" not in entry.name and "norm" not in entry.name:
-            plain.append(entry.name.removesuffix(".weight"))
-    if not has_fp8:
-        return None, []
-    block = quant.get("weight_block_size") or (128, 128)
-    return (int(block[0]), int(block[1])), sorted(plain)
-
-
 def make_plan(
     index: CheckpointIndex,
     options: ConvertOptions,
@@ -274,11 +192,13 @@ def make_plan(
             "…layers.L.….experts.E.(gate|up|down)_proj.*",
             ["sglang-w4afp8 inspect SRC  lists the tensor classes"],
         )
+    linears = describe_linears(index, quant)
     kept = _kept_modules((name.module for name, _ in experts.values()), options.keep)
     w_names = uses_w_scale_names(index.config)
     tasks: dict[str, Task] = {}
     consumed: set[str] = set()
     formats: Counter[str] = Counter()
+    rounded = 0
     groups: set[int] = set()
     layers: set[int] = set()
     for prefix, (name, parts) in experts.items():
@@ -310,6 +230,7 @@ def make_plan(
         )
         consumed.update(entry.name for entry in parts.values())
         formats[source.name] += 1
+        rounded += options.requantize or source.group_size(bundle) is None
         groups.add(group)
         layers.add(name.layer)
     if len(groups) > 1:
@@ -324,10 +245,9 @@ def make_plan(
         if task is not None:
             jobs[entry.shard].add(task)
         elif entry.name not in consumed:
-            jobs[entry.shard].copy(entry)
+            jobs[entry.shard].copy(entry, linears.renamed.get(entry.name))
     for job in jobs.values():
         job.seal()
-    block, plain = _linears(index, quant)
     digest = hashlib.sha256()
     digest.update(index.fingerprint().encode())
     digest.update(json.dumps(asdict(options), sort_keys=True).encode())
@@ -339,11 +259,12 @@ def make_plan(
         # A shard can end up empty: scales of FP8 experts may have a file of their own.
         jobs=[job for job in jobs.values() if job.outputs],
         formats=dict(formats),
+        rounded=rounded,
         layers=sorted(layers),
         kept=sorted(kept),
         group_size=groups.pop() if groups else options.group_size or 128,
-        weight_block_size=block,
-        unquantised_linears=plain,
+        weight_block_size=linears.block,
+        unquantised_linears=linears.plain,
         fingerprint=digest.hexdigest(),
         notes=list(index.notes),
     )

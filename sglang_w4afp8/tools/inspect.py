@@ -30,7 +30,7 @@ from sglang_w4afp8.checkpoint.stream import TensorReader
 from sglang_w4afp8.errors import W4AFp8Error
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.tools.console import human_bytes, print_json
-from sglang_w4afp8.tools.convert_plan import collect_experts, quant_section
+from sglang_w4afp8.tools.source_tensors import collect_experts, quant_section
 
 Experts = dict[str, tuple[ExpertName, dict[str, TensorEntry]]]
 

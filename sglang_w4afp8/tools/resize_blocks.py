@@ -39,9 +39,9 @@ from sglang_w4afp8.quantize.groups import resize_group_scale
 from sglang_w4afp8.spec import GROUP_SIZES
 from sglang_w4afp8.tools.console import human_bytes, human_seconds, print_json
 from sglang_w4afp8.tools.convert_output import copy_auxiliary, dump
-from sglang_w4afp8.tools.convert_plan import quant_section
 from sglang_w4afp8.tools.rewrite import MANIFEST_NAME, check_paths, check_space, rewrite
 from sglang_w4afp8.tools.rewrite_job import Made, ShardJob, ShardRecord
+from sglang_w4afp8.tools.source_tensors import quant_section
 
 _SCALE = "weight_scale_inv"
 

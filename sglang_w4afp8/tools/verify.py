@@ -26,9 +26,9 @@ from sglang_w4afp8.checkpoint.names import parse_expert
 from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.quantize.metrics import LOSSLESS_DB, ErrorStats
 from sglang_w4afp8.tools.console import Progress, human_seconds, print_json
-from sglang_w4afp8.tools.convert_plan import collect_experts, quant_section
 from sglang_w4afp8.tools.inspect import inspect_checkpoint
 from sglang_w4afp8.tools.rewrite import one_thread
+from sglang_w4afp8.tools.source_tensors import collect_experts, quant_section
 from sglang_w4afp8.tools.verify_compare import CopyPair, Finding, LinearPair, compare_batch
 from sglang_w4afp8.tools.verify_report import write_html, write_png
 
@@ -98,7 +98,8 @@ def _linear_parts(index: CheckpointIndex) -> dict[str, ExpertParts]:
     found: dict[str, dict[str, TensorEntry]] = {}
     for entry in index:
         prefix, _, part = entry.name.rpartition(".")
-        if part == "weight_scale_inv" and parse_expert(entry.name) is None:
+        # compressed-tensors' name of the scales is changed by convert.
+        if part in ("weight_scale_inv", "weight_scale") and parse_expert(entry.name) is None:
             weight = index.tensors.get(f"{prefix}.weight")
             if weight is not None:
                 found[prefix] = {"weight": weight, part: entry}

@@ -361,24 +361,3 @@ def test_card_of_the_source_is_kept(tmp_path):
     assert filecmp.cmp(source / "inference/model.py", tmp_path / "dst" / "inference/model.py")
     assert not (tmp_path / "dst" / ".git").exists()
     assert not (tmp_path / "dst" / "pytorch_model.bin").exists()
-
-
-def test_models_without_experts(tmp_path):
-    source = write_checkpoint(tmp_path / "src", {"lm_head.weight": torch.zeros(2, 2)}, {}, shards=1)
-    with pytest.raises(CheckpointError, match="no routed experts"):
-        convert_checkpoint(source, tmp_path / "dst")
-
-
-def test_fused_experts_are_refused(tmp_path):
-    tensors = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 4, 4)}
-    source = write_checkpoint(tmp_path / "src", tensors, {}, shards=1)
-    with pytest.raises(CheckpointError, match="one tensor"):
-        convert_checkpoint(source, tmp_path / "dst")
-
-
-def test_int4_linears_are_refused(tmp_path):
-    weights = {n: w.to(torch.bfloat16) for n, w in float_weights(MoeShape()).items()}
-    weights["model.layers.0.self_attn.o_proj.qweight"] = torch.zeros(2, 2, dtype=torch.int32)
-    source = write_checkpoint(tmp_path / "src", weights, model_config(MoeShape()))
-    with pytest.raises(CheckpointError, match="INT4 too"):
-        convert_checkpoint(source, tmp_path / "dst")
