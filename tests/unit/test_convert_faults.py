@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_w4afp8.checkpoint import stream
 from sglang_w4afp8.errors import CheckpointError, ConfigError
@@ -156,6 +158,55 @@ def test_resume_repairs_what_is_missing(tmp_path, source, monkeypatch, damage):
     report = convert_checkpoint(source, target)
     assert report.shards_resumed == expected_resumed
     assert snapshot(target) == snapshot(tmp_path / "straight")
+
+
+STATES = ("absent", "whole", "no record", "no shard", "short shard", "foreign record")
+
+
+@settings(max_examples=25, deadline=None)
+@given(states=st.lists(st.sampled_from(STATES), min_size=4, max_size=4), temp=st.booleans())
+def test_resume_from_any_state_ends_in_the_same_bytes(finished, states, temp):
+    """Whatever a crash, a full disk or a person left behind, shard by shard."""
+    source, straight, work = finished
+    target = straight.with_name("again")
+    shutil.rmtree(target, ignore_errors=True)
+    (target / rewrite.WORK_DIR).mkdir(parents=True)
+    shutil.copy(work / "fingerprint", target / rewrite.WORK_DIR)
+    names = sorted(path.name for path in straight.glob("*.safetensors"))
+    for name, state in zip(names, states, strict=True):
+        shard, record = target / name, target / rewrite.WORK_DIR / f"{name}.json"
+        if state not in ("absent", "no shard"):
+            shutil.copy(straight / name, shard)
+        if state not in ("absent", "no record"):
+            shutil.copy(work / f"{name}.json", record)
+        if state == "short shard":
+            os.truncate(shard, shard.stat().st_size - 1)
+        if state == "foreign record":
+            shutil.copy(work / f"{names[names.index(name) - 1]}.json", record)
+    if temp:
+        (target / f"{names[0]}.9{stream.TEMP_SUFFIX}").write_bytes(b"half")
+    report = convert_checkpoint(source, target)
+    assert report.shards_resumed == states.count("whole")
+    assert snapshot(target) == snapshot(straight)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A source, its straight conversion, and the records as they are just before the end."""
+    root = tmp_path_factory.mktemp("resume")
+    source = write_fp8(root / "src", MoeShape(128, 128, 2), shards=4, scales_apart=True)
+    kept = root / "records"
+    with pytest.MonkeyPatch.context() as patch:
+        real = Path.replace
+
+        def keep(self, other):
+            if self.name == rewrite.WORK_DIR:
+                shutil.copytree(self, kept)
+            return real(self, other)
+
+        patch.setattr(Path, "replace", keep)
+        convert_checkpoint(source, root / "straight")
+    return source, root / "straight", kept
 
 
 def test_unfinished_work_with_other_options_is_not_mixed(tmp_path, source, monkeypatch):
