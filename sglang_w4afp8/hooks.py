@@ -10,17 +10,15 @@ from __future__ import annotations
 from functools import partial
 
 from sglang_w4afp8.contract import Hook, Kind
+from sglang_w4afp8.hooks_weights import WEIGHT_HOOKS
 
 _PLUGINS = "sglang.srt.plugins"
 _QUANT = "sglang.srt.layers.quantization"
 _W4AFP8 = f"{_QUANT}.w4afp8"
 _BASE = f"{_QUANT}.base_config"
-_FP8_LINEAR = f"{_QUANT}.fp8:Fp8LinearMethod"
 _MOE_PACKAGE = "sglang.srt.layers.moe"
 _FUSED_MOE = f"{_MOE_PACKAGE}.fused_moe_triton.layer:FusedMoE"
 _LINEAR_LAYERS = "sglang.srt.layers.linear"
-
-_LOADER_ARGUMENTS = ("param", "loaded_weight", "weight_name", "shard_id", "expert_id")
 
 _plugin = partial(Hook, used_by="plugin.py")
 _REGISTRATION = (
@@ -114,6 +112,12 @@ _CONFIG = (
         ("hf_to_sglang_mapper",),
         "renames the skip list",
     ),
+    _config(
+        "sglang.srt.models.utils:WeightsMapper.apply_list",
+        Kind.OVERRIDE,
+        ("values",),
+        "renames the skip list",
+    ),
     _config(f"{_BASE}:QuantizeMethodBase", Kind.ATTRIBUTE, (), "what get_quant_method returns"),
     _config(
         f"{_W4AFP8}:W4AFp8Config.from_config",
@@ -145,7 +149,13 @@ _CONFIG = (
         (),
         "tells experts from other layers",
     ),
-    _config(f"{_FUSED_MOE}.use_triton_kernels", Kind.ATTRIBUTE, (), "skipped experts"),
+    _config(
+        f"{_FUSED_MOE}.__init__",
+        Kind.SOURCE,
+        (),
+        "experts for which we return no method get the unquantised one",
+        callee="UnquantizedFusedMoEMethod",
+    ),
 )
 
 _moe = partial(Hook, used_by="srt/moe.py")
@@ -263,124 +273,11 @@ _MOE = (
     ),
 )
 
-_loader = partial(Hook, used_by="srt/loader.py")
-_LOADER = (
-    _loader(
-        f"{_FUSED_MOE}.weight_loader",
-        Kind.CALL,
-        _LOADER_ARGUMENTS,
-        "maps logical to physical expert ids",
-    ),
-    _loader(
-        f"{_FUSED_MOE}._weight_loader_impl",
-        Kind.OVERRIDE,
-        _LOADER_ARGUMENTS,
-        "replaced on the layer by our slicing",
-    ),
-    # Both roads must reach the replacement, through the instance and by keyword.
-    *(
-        _loader(
-            f"{_FUSED_MOE}.{name}",
-            Kind.SOURCE,
-            _LOADER_ARGUMENTS,
-            "must pass through the replaced attribute",
-            callee="self._weight_loader_impl",
-        )
-        for name in ("weight_loader", "_weight_loader_physical")
-    ),
-)
-
-_linear = partial(Hook, used_by="srt/linear.py")
-_LINEAR = (
-    _linear(_FP8_LINEAR, Kind.CALL, ("quant_config",), "base class of the linears' method"),
-    _linear(
-        f"{_FP8_LINEAR}.create_weights",
-        Kind.OVERRIDE,
-        (
-            "layer",
-            "input_size_per_partition",
-            "output_partition_sizes",
-            "input_size",
-            "output_size",
-            "params_dtype",
-            "skip_block_quant_check",
-            "**",
-        ),
-        "makes scales for shards that are no whole blocks",
-    ),
-    _linear(
-        f"{_FP8_LINEAR}.process_weights_after_loading",
-        Kind.OVERRIDE,
-        ("layer",),
-        "keeps re-blocked scales away from block kernels",
-    ),
-    _linear(
-        f"{_FP8_LINEAR}.apply",
-        Kind.OVERRIDE,
-        ("layer", "x", "bias"),
-        "multiplies a re-blocked weight",
-    ),
-    *(
-        _linear(
-            f"{_LINEAR_LAYERS}:{name}.weight_loader_v2",
-            Kind.ATTRIBUTE,
-            (),
-            "upstream's newer loader, which it picks by the method's class name",
-        )
-        for name in (
-            "ColumnParallelLinear",
-            "MergedColumnParallelLinear",
-            "QKVParallelLinear",
-            "RowParallelLinear",
-        )
-    ),
-    # Up to 0.5.20 a linear has its rank, later the group it is sharded over.
-    *(
-        _linear(
-            f"{_LINEAR_LAYERS}:{name}.tp_rank",
-            Kind.ATTRIBUTE,
-            (),
-            "which part of the weight is this rank's",
-            or_else=f"{_LINEAR_LAYERS}:get_group_rank_size",
-        )
-        for name in ("ColumnParallelLinear", "RowParallelLinear")
-    ),
-    _linear(
-        f"{_LINEAR_LAYERS}:QKVParallelLinear.num_kv_head_replicas",
-        Kind.ATTRIBUTE,
-        (),
-        "which k and v heads are this rank's",
-    ),
-    _linear(
-        f"{_QUANT}.fp8_utils:triton_w8a8_block_fp8_linear",
-        Kind.CALL,
-        ("input", "weight", "block_size", "weight_scale", "bias"),
-        "the block kernel that takes small blocks",
-    ),
-)
-
-_cutlass = partial(Hook, used_by="srt/cutlass.py")
-_CUTLASS = (
-    _cutlass(
-        f"{_MOE_PACKAGE}.cutlass_w4a8_moe:cutlass_w4a8_moe",
-        Kind.OVERRIDE,
-        (
-            *("a", "w1_q", "w2_q", "w1_scale", "w2_scale", "topk_weights", "topk_ids"),
-            *("a_strides1", "b_strides1", "c_strides1", "a_strides2", "b_strides2", "c_strides2"),
-            *("s_strides13", "s_strides2", "expert_offsets", "problem_sizes1", "problem_sizes2"),
-            *("a1_scale", "a2_scale", "apply_router_weight_on_input", "routed_scaling_factor"),
-        ),
-        "the Hopper kernel with its glue, called by position",
-    ),
-)
-
 HOOKS: tuple[Hook, ...] = (
     *_REGISTRATION,
     *_TABLES,
     *_HOST,
     *_CONFIG,
     *_MOE,
-    *_LOADER,
-    *_LINEAR,
-    *_CUTLASS,
+    *WEIGHT_HOOKS,
 )
