@@ -13,11 +13,12 @@ step() {  # name, seconds, command...
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 step tests 100 python3 -m pytest -q -p no:cacheprovider tests/gpu/test_hopper_moe.py
 grep -E "^E  |^FAILED|passed|failed" "$out/tests.txt" | cut -c1-150 | tail -n 30
-step parts 60 python3 benchmarks/hopper_parts.py --parts --json "$out/parts.json"
-cat "$out/parts.txt"
 for tp in 8 16 32; do
   step "bench-tp$tp" 60 python3 -m sglang_w4afp8.tools.bench moe --shape "r1-tp$tp" \
-    --tokens 1 2 4 8 16 32 64 128 256 --routing uniform zipf hot --provider ours \
+    --tokens 1 2 4 8 16 32 64 128 256 --routing uniform hot \
     --json "$out/moe-h100-r1-tp$tp.json" --commit "$commit"
-  cat "$out/bench-tp$tp.txt"
+  cat "$out/bench-tp$tp.txt"; rm "$out/bench-tp$tp.txt"
 done
+step parts 60 python3 benchmarks/hopper_parts.py --parts --json "$out/hopper-parts-h100.json" \
+  --tokens 1 4 16 64 256 --path small medium large
+cat "$out/parts.txt"

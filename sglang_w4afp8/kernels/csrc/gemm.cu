@@ -98,7 +98,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
     }
     const u32 full = bars + slot * 16;
     if (n - work.first >= early) {
-      barrier_wait(full + 8, phase ^ 1);
+      handover.wait_free(full + 8, phase ^ 1);
       if (lane == 0) copy_weights(n, slot);
       __syncwarp();
     }

@@ -17,6 +17,8 @@ constexpr int kTokenBytes = S::kTokens * S::kK;
 constexpr int kStageBytes = kWeightBytes + kScaleBytes + kStageTiles * kTokenBytes;
 constexpr int kColumns = S::kAcc / 2;
 constexpr u32 kNone = 0xffff;
+// Many bulk copies of 128 bytes cost more than they carry.
+constexpr bool kScalesWithTokens = S::kTiles > 1;
 
 struct OwnDownParams {
   const u8* w;             // (E, rows, K / 2) in stage order
@@ -57,13 +59,16 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   auto copy_weights = [&](int n, int slot) {
     const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
     const int here = min(kStageTiles, tiles - n * kStageTiles);
-    if (lane == 0) barrier_expect(full, here * (S::kTileBytes + S::kTileScaleBytes));
+    const u32 each = S::kTileBytes + (kScalesWithTokens ? 0 : S::kTileScaleBytes);
+    if (lane == 0) barrier_expect(full, here * each);
     __syncwarp();
     if (lane < here) {
       const u64 expert = tables.expert[n * kStageTiles + lane];
       bulk_copy(stage + lane * S::kTileBytes, w + expert * w_expert, S::kTileBytes, full, policy);
-      bulk_copy(stage + kWeightBytes + lane * S::kTileScaleBytes, scales + expert * s_expert,
-                S::kTileScaleBytes, full, policy);
+      if (!kScalesWithTokens) {
+        bulk_copy(stage + kWeightBytes + lane * S::kTileScaleBytes, scales + expert * s_expert,
+                  S::kTileScaleBytes, full, policy);
+      }
     }
     __syncwarp();
   };
@@ -76,8 +81,19 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   for (int n = 0; n < stages; ++n) {
     const u32 full = bars + slot * 16;
     if (n >= early) {
-      barrier_wait(full + 8, phase ^ 1);
+      handover.wait_free(full + 8, phase ^ 1);
       copy_weights(n, slot);
+    }
+    if (kScalesWithTokens) {
+      constexpr int kPieces = S::kTileScaleBytes / 16;
+#pragma unroll
+      for (int j = lane; j < kStageTiles * kPieces; j += 32) {
+        const int tile = n * kStageTiles + j / kPieces;
+        if (tile < tiles) {
+          async_copy16(ring + slot * kStageBytes + kWeightBytes + j * 16,
+                       scales + tables.expert[tile] * s_expert + j % kPieces * 16);
+        }
+      }
     }
     const u32 dst = ring + slot * kStageBytes + kWeightBytes + kScaleBytes + (lane >> 3) * 128 +
                     (lane & 7) * 16;
