@@ -22,6 +22,7 @@ from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
 from sglang_w4afp8.kernels.hopper.plan import Layer, Plan
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools import bench_moe
+from sglang_w4afp8.tools.bench import environment
 
 
 def _tuned(words: list[str]) -> Callable[[Plan], Plan]:
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="*", default=[], help="see _tuned")
     parser.add_argument("--parts", action="store_true", help="time each launch alone, too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", help="of this package; asked from git by default")
     options = parser.parse_args()
     rows = []
     for name in options.shape:
@@ -145,7 +147,7 @@ def main() -> None:
                     flush=True,
                 )
                 if options.json:
-                    text = {"device": torch.cuda.get_device_name(), "rows": rows}
+                    text = {**environment(options.commit), "rows": rows}
                     options.json.write_text(json.dumps(text, indent=1) + "\n")
 
 

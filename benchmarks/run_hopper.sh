@@ -20,5 +20,5 @@ for tp in 8 16 32; do
   cat "$out/bench-tp$tp.txt"; rm "$out/bench-tp$tp.txt"
 done
 step parts 60 python3 benchmarks/hopper_parts.py --parts --json "$out/hopper-parts-h100.json" \
-  --tokens 1 4 16 64 256 --path small medium large
+  --tokens 1 4 16 64 256 --path small medium large --commit "$commit"
 cat "$out/parts.txt"

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     ceilings = measure_ceilings()
     report: dict[str, Any] = {
-        **_environment(options.commit),
-        "command": "sglang-w4afp8 bench " + " ".join(words),
+        **environment(options.commit),
+        "command": "sglang-w4afp8 bench " + " ".join(Path(word).name for word in words),
         "ceilings": asdict(ceilings),
         "scheme": options.scheme,
         "rows": [],
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(row.get("wrong") for row in report["rows"]) else 0
 
 
-def _environment(commit: str | None) -> dict[str, Any]:
+def environment(commit: str | None) -> dict[str, Any]:
+    """What a result needs to explain itself; ``commit`` None asks git."""
     if commit is None:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True)

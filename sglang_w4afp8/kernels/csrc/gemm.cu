@@ -8,14 +8,13 @@
 // stages of all units form one list and each CTA takes an equal run of it (W4_UP=0: whole units).
 // Weights start to stream before the kernel in front has ended: gate and up find the experts'
 // order themselves, down has it from two kernels before.
-#define W4_DEEP 8
 #include "tile_math.cuh"
 #include "tiles.cuh"
 #include "units.cuh"
 
 using S = Shape<W4_K, W4_TILES, W4_TOKENS, W4_GROUP, W4_MINUS_EIGHT != 0, (W4_TILES > 1)>;
 constexpr bool kUp = W4_UP != 0;
-constexpr int kConsumers = 256, kLag = 2;
+constexpr int kConsumers = 256;
 constexpr int kBlockTiles = 2 * S::kTiles;
 constexpr int kWeightBytes = kBlockTiles * S::kTileBytes;
 constexpr int kScaleBytes = kBlockTiles * S::kTileScaleBytes;
@@ -82,8 +81,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
   const u8* row[S::kTokens / 8];
   bool used[S::kTokens / 8];
   int tile = -1, slot = 0;
-  u32 phase = 0;
-  TokenHandover<kLag> handover{bars, p.ring};
+  u32 phase = 0, filling = 0;
   for (int n = work.first; n < work.last; ++n) {
     const int unit = n / per_unit, step = n - unit * per_unit;
     if (unit / p.blocks != tile) {
@@ -98,7 +96,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
     }
     const u32 full = bars + slot * 16;
     if (n - work.first >= early) {
-      handover.wait_free(full + 8, phase ^ 1);
+      barrier_wait(full + 8, phase ^ 1);
       if (lane == 0) copy_weights(n, slot);
       __syncwarp();
     }
@@ -114,21 +112,31 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
         }
       }
     }
-    handover.stage_asked();
+    async_copy_commit();
+    // The stage before is handed over now that its tokens are there. Its writer, not its readers,
+    // makes them visible to the matrix unit: they would do it with their stores in flight.
+    if (filling != 0) {
+      async_copy_wait<1>();
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(filling);
+    }
+    filling = full;
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
-  handover.rest();
+  async_copy_wait<0>();
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) barrier_arrive(filling);
 }
 
-// `pair`: the pair numbers of this thread's columns, -1 for none.
+// `pair`: the pair numbers of this thread's columns, -1 for none. `b_scale`, `q_scale`: static.
 __device__ __forceinline__ void finish_up(const GemmParams& p, float (&acc)[S::kAcc],
                                           const int (&pair)[kColumns], int tile, int row_tile,
-                                          u32* flag) {
+                                          float b_scale, float q_scale, u32* flag) {
   const int thread = threadIdx.x & 127, group = threadIdx.x >> 7;
   const int width = p.rows / 2;
   const int f = row_tile * 32 + (thread >> 5) * 8 + ((thread & 31) >> 2);
-  const float b_scale = p.dynamic ? 0.0f : __ldg(p.b_scale) * 512.0f;
-  const float q_scale = p.dynamic ? 1.0f : __ldg(p.q_scale);
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     if (pair[c] < 0) continue;
@@ -192,7 +200,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
   const u32 w_at = group * S::kTiles * S::kTileBytes + thread * 16;
   const u32 s_at = kWeightBytes + group * S::kTiles * S::kTileScaleBytes +
                    ((thread >> 5) * 8 + (lane >> 2)) * 4;
-  const float b_scale = p.dynamic || kUp ? 0.0f : *p.b_scale * 512.0f;
+  const float b_scale = p.dynamic ? 0.0f : *p.b_scale * 512.0f;
+  const float q_scale = p.dynamic || !kUp ? 1.0f : *p.q_scale;
   pdl_wait();
   if (kUp) pdl_trigger();
   float acc[S::kAcc], scale[kColumns];
@@ -241,7 +250,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
       if (steps == per_unit ||
           join_parts(p.join, acc, work.total, work.ctas, unit, step == 0)) {
         if (row_tile < p.rows / 64) {
-          finish_up(p, acc, pair, tile, row_tile, flag);
+          finish_up(p, acc, pair, tile, row_tile, b_scale, q_scale, flag);
         }
       }
     } else if constexpr (S::kTiles == 1) {

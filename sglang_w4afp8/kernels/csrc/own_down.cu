@@ -9,7 +9,7 @@
 #include "tile_math.cuh"
 
 using S = Shape<W4_K, W4_TILES, W4_TOKENS, W4_GROUP, W4_MINUS_EIGHT != 0, true>;
-constexpr int kConsumers = 256, kLag = 2;
+constexpr int kConsumers = 256;
 constexpr int kStageTiles = 2 * S::kTiles;
 constexpr int kWeightBytes = kStageTiles * S::kTileBytes;
 constexpr int kScaleBytes = kStageTiles * S::kTileScaleBytes;
@@ -17,8 +17,6 @@ constexpr int kTokenBytes = S::kTokens * S::kK;
 constexpr int kStageBytes = kWeightBytes + kScaleBytes + kStageTiles * kTokenBytes;
 constexpr int kColumns = S::kAcc / 2;
 constexpr u32 kNone = 0xffff;
-// Many bulk copies of 128 bytes cost more than they carry.
-constexpr bool kScalesWithTokens = S::kTiles > 1;
 
 struct OwnDownParams {
   const u8* w;             // (E, rows, K / 2) in stage order
@@ -59,16 +57,13 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   auto copy_weights = [&](int n, int slot) {
     const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
     const int here = min(kStageTiles, tiles - n * kStageTiles);
-    const u32 each = S::kTileBytes + (kScalesWithTokens ? 0 : S::kTileScaleBytes);
-    if (lane == 0) barrier_expect(full, here * each);
+    if (lane == 0) barrier_expect(full, here * (S::kTileBytes + S::kTileScaleBytes));
     __syncwarp();
     if (lane < here) {
       const u64 expert = tables.expert[n * kStageTiles + lane];
       bulk_copy(stage + lane * S::kTileBytes, w + expert * w_expert, S::kTileBytes, full, policy);
-      if (!kScalesWithTokens) {
-        bulk_copy(stage + kWeightBytes + lane * S::kTileScaleBytes, scales + expert * s_expert,
-                  S::kTileScaleBytes, full, policy);
-      }
+      bulk_copy(stage + kWeightBytes + lane * S::kTileScaleBytes, scales + expert * s_expert,
+                S::kTileScaleBytes, full, policy);
     }
     __syncwarp();
   };
@@ -76,24 +71,12 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   for (int n = 0; n < early; ++n) copy_weights(n, n);
   pdl_wait();
   int slot = 0;
-  u32 phase = 0;
-  TokenHandover<kLag> handover{bars, p.ring};
+  u32 phase = 0, filling = 0;
   for (int n = 0; n < stages; ++n) {
     const u32 full = bars + slot * 16;
     if (n >= early) {
-      handover.wait_free(full + 8, phase ^ 1);
+      barrier_wait(full + 8, phase ^ 1);
       copy_weights(n, slot);
-    }
-    if (kScalesWithTokens) {
-      constexpr int kPieces = S::kTileScaleBytes / 16;
-#pragma unroll
-      for (int j = lane; j < kStageTiles * kPieces; j += 32) {
-        const int tile = n * kStageTiles + j / kPieces;
-        if (tile < tiles) {
-          async_copy16(ring + slot * kStageBytes + kWeightBytes + j * 16,
-                       scales + tables.expert[tile] * s_expert + j % kPieces * 16);
-        }
-      }
     }
     const u32 dst = ring + slot * kStageBytes + kWeightBytes + kScaleBytes + (lane >> 3) * 128 +
                     (lane & 7) * 16;
@@ -109,61 +92,61 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
         }
       }
     }
-    handover.stage_asked();
+    async_copy_commit();
+    if (filling != 0) {
+      async_copy_wait<1>();
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(filling);
+    }
+    filling = full;
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
-  handover.rest();
+  async_copy_wait<0>();
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0 && filling != 0) barrier_arrive(filling);
 }
 
-// Where one tile's results go: known before they are.
-struct Target {
-  float weight[kColumns];  // 0 for no pair
-  float2* at[kColumns];    // any valid place for no pair
-  u32 used;                // a bit per column
-};
-
-__device__ __forceinline__ Target find_target(float* sums, const Tables& tables, int tile,
-                                              int tiles, u32 inverse_top_k) {
+// Adds one tile's results to its tokens' sums. With `twice` two columns may be the same token, and
+// lanes take turns.
+__device__ __forceinline__ void add_tile(float* sums, const Tables& tables,
+                                         float (&part)[S::kAcc], int tile, u32 inverse_top_k,
+                                         bool twice) {
   const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5, g = lane >> 2, q = lane & 3;
-  Target target;
-  target.used = 0;
-  const u16* column = tables.column + min(tile, tiles - 1) * S::kTokens + q * 2;
+  u32 pair[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; c += 2) {
+    const u32 two = *reinterpret_cast<const u32*>(
+        &tables.column[tile * S::kTokens + (c >> 1) * 8 + q * 2]);
+    pair[c] = two & 0xffff, pair[c + 1] = two >> 16;
+  }
+  float weight[kColumns];
+  float2* at[kColumns];
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    const u32 two = *reinterpret_cast<const u32*>(column + (c >> 1) * 8);
-    const u32 pair = c & 1 ? two >> 16 : two & 0xffff;
-    const bool used = pair != kNone && tile < tiles;
-    const u32 known = used ? pair : 0;
-    target.used |= static_cast<u32>(used) << c;
-    target.weight[c] = tables.weight[known];
-    target.at[c] =
-        reinterpret_cast<float2*>(sums + sum_at(known * inverse_top_k >> 16, warp, g));
+    const u32 known = pair[c] == kNone ? 0 : pair[c];
+    weight[c] = tables.weight[known];
+    at[c] = reinterpret_cast<float2*>(sums + sum_at(known * inverse_top_k >> 16, warp, g));
   }
-  return target;
-}
-
-// With `twice` two columns of a tile may be the same token, and lanes take turns.
-__device__ __forceinline__ void add_tile(const Target& target, float (&part)[S::kAcc],
-                                         bool twice) {
   auto add = [&](int c, float2 old) {
     const int i = (c >> 1) * 4 + (c & 1);
-    *target.at[c] = make_float2(old.x + part[i] * target.weight[c],
-                                old.y + part[i + 2] * target.weight[c]);
+    *at[c] = make_float2(old.x + part[i] * weight[c], old.y + part[i + 2] * weight[c]);
   };
   __syncwarp();  // another lane may have added to the same token for the tile before
   if (!twice) {
     float2 old[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) old[c] = *target.at[c];
+    for (int c = 0; c < kColumns; ++c) old[c] = *at[c];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (target.used >> c & 1) add(c, old[c]);
+      if (pair[c] != kNone) add(c, old[c]);
     }
   } else {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       for (int turn = 0; turn < 4; ++turn) {
-        if (turn == (threadIdx.x & 3) && (target.used >> c & 1)) add(c, *target.at[c]);
+        if (turn == q && pair[c] != kNone) add(c, *at[c]);
         __syncwarp();
       }
     }
@@ -231,16 +214,15 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   for (int n = 0; n < stages; ++n) {
     const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
     const int tile = n * kStageTiles + group * S::kTiles;
-    Target target[S::kTiles];
-#pragma unroll
-    for (int i = 0; i < S::kTiles; ++i) {
-      target[i] = find_target(sums, tables, tile + i, tiles, inverse_top_k);
-    }
     barrier_wait(full, phase);
     const u64 b = token_descriptor(
         stage + kWeightBytes + kScaleBytes + group * S::kTiles * kTokenBytes, S::kK * 8);
     stage_math<S>(acc, stage + w_at, stage + s_at, b, kTokenBytes / 16,
-                  [&](int i, float(&part)[S::kAcc]) { add_tile(target[i], part, twice); });
+                  [&](int i, float(&part)[S::kAcc]) {
+                    if (tile + i < tiles) {
+                      add_tile(sums, tables, part, tile + i, inverse_top_k, twice);
+                    }
+                  });
     __syncwarp();
     if (lane == 0) barrier_arrive(full + 8);
     if (++slot == p.ring) slot = 0, phase ^= 1;

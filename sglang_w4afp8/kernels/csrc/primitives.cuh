@@ -48,18 +48,6 @@ __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
       : "memory");
   return done != 0;
 }
-// Without the pause in which barrier_try may wait.
-__device__ __forceinline__ bool barrier_test(u32 bar, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-}
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   while (!barrier_try(bar, parity)) {
   }
@@ -105,42 +93,6 @@ __device__ __forceinline__ void async_copy_wait() {
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-
-// Hands stages to the consumers when their tokens have arrived, which is a few stages after they
-// were asked for: the producer does not wait for the latest. Their writer makes them visible to the
-// matrix unit; readers would have to do it with their own stores in flight. One whole warp.
-template <int kLag>
-struct TokenHandover {
-  u32 bars;
-  int ring, waiting = 0, slot = 0;
-  __device__ __forceinline__ void give(int left) {
-    fence_async_proxy();
-    __syncwarp();
-    for (; waiting > left; --waiting) {
-      if ((threadIdx.x & 31) == 0) barrier_arrive(bars + slot * 16);
-      if (++slot == ring) slot = 0;
-    }
-  }
-  // After the copies of one more stage were started.
-  __device__ __forceinline__ void stage_asked() {
-    async_copy_commit();
-    if (++waiting > kLag) {
-      async_copy_wait<kLag>();
-      give(kLag);
-    }
-  }
-  // Everything asked for so far; before the producer waits for a free slot, and at the end.
-  __device__ __forceinline__ void rest() {
-    async_copy_wait<0>();
-    give(0);
-  }
-  // Waits until `empty` is free. The consumers that are to free it may be waiting for a stage.
-  __device__ __forceinline__ void wait_free(u32 empty, u32 parity) {
-    if (__all_sync(0xffffffffu, barrier_test(empty, parity))) return;
-    rest();
-    barrier_wait(empty, parity);
-  }
-};
 
 __device__ __forceinline__ uint4 lds128(u32 address) {
   uint4 v;

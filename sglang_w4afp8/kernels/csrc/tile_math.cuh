@@ -6,10 +6,6 @@
 #pragma once
 #include "mma.cuh"
 
-#ifndef W4_DEEP
-#define W4_DEEP 16  // most columns with which four short groups fit into the registers
-#endif
-
 // kRestart: each row tile's sum is complete after the stage; else there is one row tile and its
 // sum goes on from stage to stage.
 template <int kK_, int kTiles_, int kTokens_, int kGroup_, bool kMinusEight_, bool kRestart_>
@@ -78,32 +74,45 @@ template <class S, class Finish>
 __device__ __forceinline__ void stage_math(float (&acc)[S::kAcc], u32 w, u32 s, u64 b,
                                            u32 b_step, Finish finish) {
   constexpr int kItems = S::kTiles * S::kGroups;
-  // Groups in flight hide the wgmma latency, as far as there are registers.
-  constexpr int kMost = S::kTokens > 32 ? 1 : S::kSteps <= 2 && S::kTokens <= W4_DEEP ? 4 : 2;
-  constexpr int kDepth = kItems < kMost ? kItems : kMost;
+  // Two groups in flight hide the wgmma latency; 64 columns leave no registers for the second.
+  constexpr bool kPairs = S::kTokens <= 32 && kItems > 1;
+  auto begin = [&](float(&part)[S::kAcc], u32& scales, int item) {
+    const int tile = item / S::kGroups;
+    scales = lds32(s + tile * S::kTileScaleBytes + item % S::kGroups * 128);
+    start_group<S>(part, w + tile * S::kTileBytes, b + tile * b_step, item % S::kGroups);
+  };
+  auto end = [&](float(&part)[S::kAcc], u32 scales, int item) {
+    const int tile = item / S::kGroups, group = item % S::kGroups;
+    pin(part);
+    add_scaled<S>(acc, part, scales, S::kRestart && group == 0);
+    if (S::kRestart && group == S::kGroups - 1) finish(tile, acc);
+  };
+  if constexpr (kPairs) {
 #pragma unroll
-  for (int first = 0; first < kItems; first += kDepth) {
-    float part[kDepth][S::kAcc];
-    u32 scales[kDepth];
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      const int item = first + i, tile = item / S::kGroups, group = item % S::kGroups;
-      if (item >= kItems) break;
-      scales[i] = lds32(s + tile * S::kTileScaleBytes + group * 128);
-      start_group<S>(part[i], w + tile * S::kTileBytes, b + tile * b_step, group);
+    for (int item = 0; item < kItems; item += 2) {
+      float even[S::kAcc], odd[S::kAcc];
+      u32 even_scales, odd_scales;
+      begin(even, even_scales, item);
+      if (item + 1 < kItems) {
+        begin(odd, odd_scales, item + 1);
+        mma_wait<1>();
+      } else {
+        mma_wait<0>();
+      }
+      end(even, even_scales, item);
+      if (item + 1 < kItems) {
+        mma_wait<0>();
+        end(odd, odd_scales, item + 1);
+      }
     }
+  } else {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      const int item = first + i, tile = item / S::kGroups, group = item % S::kGroups;
-      if (item >= kItems) break;
-      const int pending = (kItems - first < kDepth ? kItems - first : kDepth) - 1 - i;
-      if (pending == 3) mma_wait<3>();
-      if (pending == 2) mma_wait<2>();
-      if (pending == 1) mma_wait<1>();
-      if (pending == 0) mma_wait<0>();
-      pin(part[i]);
-      add_scaled<S>(acc, part[i], scales[i], S::kRestart && group == 0);
-      if (S::kRestart && group == S::kGroups - 1) finish(tile, acc);
+    for (int item = 0; item < kItems; ++item) {
+      float part[S::kAcc];
+      u32 scales;
+      begin(part, scales, item);
+      mma_wait<0>();
+      end(part, scales, item);
     }
   }
 }
