@@ -114,8 +114,8 @@ def _announce(level: int, text: str) -> None:
 
     SGLang loads plugins before it sets logging up, so an ordinary INFO record would be dropped.
     Until then it goes to stderr in SGLang's format; a library that has set up a handler in the
-    meantime, at the default level, counts as "not yet". The children of a server (one per rank) stay
-    silent then: what their launcher said holds for them, and a refusal is an ERROR, which each
+    meantime, at the default level, counts as "not yet". The children of a server (one per rank)
+    stay silent then: what their launcher said holds for them, and a refusal is an ERROR, which each
     process shows in any case.
     """
     if logging.getLogger().handlers and logger.isEnabledFor(level):
