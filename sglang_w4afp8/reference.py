@@ -87,7 +87,9 @@ def activation_scale(
         amax = magnitude.amax().reshape(1, 1) if x.numel() else magnitude.new_zeros(1, 1)
     else:
         amax = magnitude.amax(dim=-1, keepdim=True)
-    return torch.where(amax > 0, amax / FP8_MAX, torch.ones_like(amax))
+    # A tensor as divisor: torch turns a number into a multiplication by its reciprocal on a GPU,
+    # one bit off what kernels divide by, and codes on a rounding boundary then fall the other way.
+    return torch.where(amax > 0, amax / torch.full_like(amax, FP8_MAX), torch.ones_like(amax))
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from sglang_w4afp8.kernels.base import MoEBackend, MoEProblem
 BACKENDS: dict[str, str] = {
     # Fastest first. A value is "module:class"; modules are imported when first asked for, and the
     # libraries behind them when first run.
+    "hopper": "sglang_w4afp8.kernels.hopper.backend:HopperBackend",
     "cutlass": "sglang_w4afp8.srt.cutlass:CutlassBackend",
     "torch": "sglang_w4afp8.kernels.torch_reference:TorchBackend",
 }

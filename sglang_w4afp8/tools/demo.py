@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``demo``."""
     parser.add_argument("--dir", type=Path, help="keep checkpoints and logs here (default: a temp)")
     parser.add_argument("--tp", type=int, nargs="+", help="degrees to serve at (default: 1 2 4)")
-    parser.add_argument("--shards", type=int, nargs="+", default=[8, 16, 32], metavar="TP")
+    parser.add_argument("--shards", type=int, nargs="*", default=[8, 16, 32], metavar="TP")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON at the end")
     parser.add_argument("--out", type=Path, help="write the findings as JSON to this file")
@@ -134,10 +134,11 @@ def tell(
             show(results[-1])
         story.served[name] = [asdict(result) for result in results]
         compare(name, judge, results, story, on_gpu=on_gpu)
-    for name, checkpoint in checkpoints.items():
-        check_shards(name, checkpoint, shard_degrees, story)
-    for name, checkpoint in widths(folder).items():
-        check_shards(name, checkpoint, [8], story)
+    if shard_degrees:
+        for name, checkpoint in checkpoints.items():
+            check_shards(name, checkpoint, shard_degrees, story)
+        for name, checkpoint in widths(folder).items():
+            check_shards(name, checkpoint, [8], story)
     return story
 
 
