@@ -207,7 +207,8 @@ seconds, cpu_seconds = time.perf_counter() - start, cpu() - cpu_start
 running = False
 thread.join()
 print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "shards": report.shards,
-                  "rss_before_mb": before, "rss_peak_mb": mark("self"), "rss_peak_worker_mb": largest}))
+                  "rss_before_mb": before, "rss_peak_mb": mark("self"),
+                  "rss_peak_worker_mb": largest}))
 """
 
 
