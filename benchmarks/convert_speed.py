@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "sglang_w4afp8": sglang_w4afp8.__version__,
         "commit": commit or "unknown",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Where the scratch directory is says nothing to a reader.
+        "command": re.sub(
+            r"(--directory) \S+", r"\1 DIR", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        ),
     }
 
 
