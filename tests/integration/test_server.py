@@ -24,6 +24,10 @@ from sglang_w4afp8.testing import server as launcher  # noqa: E402
 pytestmark = [pytest.mark.sglang, pytest.mark.server]
 
 LIMIT = 1e-4  # natural-log probability
+MODEL_LINE = (
+    r"sglang-w4afp8: (\d+) MoE layers, tp=(\d+), (\d+) experts a rank, .*, (\S+) activations, "
+    r"backend=(\w+)"
+)
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,13 @@ def assert_as_judged(reply: launcher.Reply, reference: Any, prompt: int) -> None
 def test_our_method_served(served: Served) -> None:
     """SGLang goes on with its own method when a plugin fails, so the log has to tell."""
     log, case = served.server.log_text(), served.case
-    assert re.search(r"sglang-w4afp8 \S+: registered quantization 'w4afp8' \(sglang 0\.5\.", log)
-    lines = re.findall(r"sglang-w4afp8: (\d+) MoE layers, tp=(\d+), (\d+) experts a rank,.*", log)
-    assert lines == [("2", str(case.tp // case.ep), str(16 // case.ep))]
-    assert "none activations, backend=torch" in log
-    assert not re.search(r"falling back|Traceback", log)
+    ours = re.findall(r"sglang-w4afp8.*", log)
+    assert any(re.match(r"\S+ \S+: registered .*'w4afp8' \(sglang 0\.5\.", line) for line in ours)
+    model = [m for m in (re.match(MODEL_LINE, line) for line in ours) if m]
+    assert [m.groups() for m in model] == [
+        ("2", str(case.tp // case.ep), str(16 // case.ep), "none", "torch")
+    ]
+    assert "Traceback" not in log
 
 
 @exact
@@ -183,8 +189,8 @@ def test_bfloat16_is_within_the_noise_of_bfloat16(served: Served) -> None:
 
     The judge runs the same tokens in float32 and in BF16; the mean distance between those two is
     what BF16 arithmetic costs on this model. The server in BF16 with unquantised activations may
-    be 1.5 times as far from float32 (measured: 0.6 to 0.8 times). FP8 activations add a rounding
-    of 2**-4 where BF16 has 2**-8, in the experts' two products only: within 4 times (measured: 1.4
+    be 1.5 times as far from float32 (measured: 0.6 to 0.95 times). FP8 activations add a rounding
+    of 2**-4 where BF16 has 2**-8, in the experts' two products only: within 4 times (measured: 1.5
     to 2.6), and clearly more than without, or they were not on at all.
     """
     reference, case = served.reference, served.case
@@ -193,6 +199,7 @@ def test_bfloat16_is_within_the_noise_of_bfloat16(served: Served) -> None:
     replies = served.server.generate(whole, max_new_tokens=1, prompt_logprobs=True)
     error = mean_distance([reply.prompt_logprobs for reply in replies], truth)
     noise = mean_distance(reference.coarse, truth)
+    print(f"{case}: {error:.4f}, which is {error / noise:.2f} times the judge's {noise:.4f}")
     log = served.server.log_text()
     if case.activation == "none":
         assert "none activations, backend=torch" in log
