@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from sglang_w4afp8.kernels.registry import BACKENDS, get_backend
-from sglang_w4afp8.layer import MoEWeights
-from sglang_w4afp8.packing import pack_int4
-from sglang_w4afp8.reference import dequantize_fp8_block, moe_reference
+from sglang_w4afp8.reference import moe_reference
 from sglang_w4afp8.spec import ActivationScheme, QuantSpec
+from sglang_w4afp8.testing import cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-PREFIX = "model.layers.1.mlp.experts"
+PREFIX = cases.EXPERTS_PREFIX
 EXPERTS, HIDDEN, TOP_K = 8, 1024, 4
 SCALE = 0.02
 # Partial sums are BF16 per rank, and FP8 codes differ where a sum falls on the other side of a
@@ -39,71 +38,47 @@ def needs_sglang() -> None:
 
 
 def expert_tensors(intermediate: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(intermediate)
-    tensors = {}
-    for expert in range(EXPERTS):
-        for projection, (n, k) in {
-            "gate_proj": (intermediate, HIDDEN),
-            "up_proj": (intermediate, HIDDEN),
-            "down_proj": (HIDDEN, intermediate),
-        }.items():
-            name = f"{PREFIX}.{expert}.{projection}"
-            codes = torch.randint(-8, 8, (n, k), generator=generator)
-            scale = (torch.rand(n, k // 128, generator=generator) + 0.5) * 0.25 / k**0.5
-            tensors[f"{name}.weight"] = pack_int4(codes)
-            tensors[f"{name}.weight_scale_inv"] = scale.bfloat16()
-            tensors[f"{name}.input_scale"] = torch.tensor([SCALE])
-    return tensors
+    shape = cases.ExpertShape(EXPERTS, HIDDEN, intermediate)
+    return cases.expert_tensors(
+        shape, PREFIX, seed=intermediate, scales=cases.INT4_UNIT, input_scale=SCALE
+    )
 
 
 def oracle(
     tensors: dict[str, torch.Tensor],
     scheme: ActivationScheme,
-    routing: tuple[torch.Tensor, ...],
+    routing: cases.Routing,
     intermediate: int,
     tp: int,
 ) -> torch.Tensor:
     """Sum over ranks of the float64 oracle: a rank's FP8 scale is that of its own columns."""
-
-    def stacked(projection: str, kind: str) -> torch.Tensor:
-        names = [f"{PREFIX}.{e}.{projection}.{kind}" for e in range(EXPERTS)]
-        return torch.stack([tensors[name] for name in names]).cuda()
-
     from sglang_w4afp8.sharding import ExpertShard
 
-    x, weights, ids = routing
-    static = torch.tensor([SCALE], device="cuda")
-    total = torch.zeros(x.shape[0], HIDDEN, dtype=torch.float64, device="cuda")
+    whole = cases.whole_weights({name: tensor.cuda() for name, tensor in tensors.items()}, PREFIX)
+    total = torch.zeros(routing.x.shape[0], HIDDEN, dtype=torch.float64, device="cuda")
     for rank in range(tp):
         shard = ExpertShard.plan(HIDDEN, intermediate, 128, rank, tp)
         rows = shard.w13_rows
 
-        def merged(kind: str, rows: slice = rows) -> torch.Tensor:
-            halves = [stacked(name, kind)[:, rows] for name in ("gate_proj", "up_proj")]
-            return torch.cat(halves, dim=1)
+        def cut(gate_up: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+            return torch.cat([half[:, rows] for half in gate_up.chunk(2, dim=1)], dim=1)
 
-        local = MoEWeights(
-            merged("weight"),
-            merged("weight_scale_inv"),
-            stacked("down_proj", "weight")[:, :, shard.w2_bytes],
-            stacked("down_proj", "weight_scale_inv")[:, :, list(shard.w2_scale_columns)],
-            128,
-            shard.w2_group_size,
-            static,
-            static,
+        local = whole.replaced(
+            w13=cut(whole.w13),
+            w13_scale=cut(whole.w13_scale),
+            w2=whole.w2[:, :, shard.w2_bytes],
+            w2_scale=whole.w2_scale[:, :, list(shard.w2_scale_columns)],
+            w2_group_size=shard.w2_group_size,
         )
+        x, weights, ids = routing
         total += moe_reference(x, local, weights, ids, scheme=scheme)
     return total
 
 
-def routing(tokens: int, *, absent: bool = False) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
-    chosen = [torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)]
-    ids = torch.stack(chosen).int() if tokens else torch.zeros(0, TOP_K, dtype=torch.int32)
-    if absent:
-        ids[::2, 1] = -1
-    return x.cuda(), torch.rand(tokens, TOP_K, generator=generator).cuda(), ids.cuda()
+def routing(tokens: int) -> cases.Routing:
+    shape = cases.ExpertShape(EXPERTS, HIDDEN, 128)
+    made = cases.random_routing(tokens, shape, TOP_K, dtype=torch.bfloat16, seed=tokens)
+    return made.to("cuda")
 
 
 def build(tensors: dict[str, torch.Tensor], intermediate: int, **fields: Any) -> Any:
@@ -198,26 +173,11 @@ def test_fp8_mlp_ranks_add_up(intermediate: int, tp: int, block: int) -> None:
     from sglang_w4afp8.srt.virtual_ranks import load_linear, virtual_rank
 
     generator = torch.Generator().manual_seed(intermediate)
-    tensors = {}
-    for module, (n, k) in {
-        "gate_proj": (intermediate, HIDDEN),
-        "up_proj": (intermediate, HIDDEN),
-        "down_proj": (HIDDEN, intermediate),
-    }.items():
-        tensors[f"mlp.{module}.weight"] = torch.randn(n, k, generator=generator).to(
-            torch.float8_e4m3fn
-        )
-        grid = (-(-n // 128), -(-k // 128))
-        scale = (torch.rand(grid, generator=generator) + 0.5) / k**0.5
-        tensors[f"mlp.{module}.weight_scale_inv"] = scale
-
-    def dense(module: str) -> torch.Tensor:
-        weight, scale = (tensors[f"mlp.{module}.{kind}"] for kind in ("weight", "weight_scale_inv"))
-        return dequantize_fp8_block(weight, scale, (128, 128), torch.float64).cuda()
-
+    tensors = cases.fp8_mlp_tensors(
+        "mlp", HIDDEN, intermediate, seed=generator, scales=cases.FP8_UNIT
+    )
     x = torch.randn(5, HIDDEN, generator=generator).bfloat16().cuda()
-    gate, up = (x.double() @ dense(m).T for m in ("gate_proj", "up_proj"))
-    expected = (F.silu(gate) * up) @ dense("down_proj").T
+    expected = cases.fp8_mlp_reference(x, tensors, "mlp")
     total = torch.zeros_like(expected)
     for rank in range(tp):
         with virtual_rank(rank, tp), torch.device("cuda"):

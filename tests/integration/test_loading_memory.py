@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("sglang")
 
-from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.spec import QuantSpec
+from sglang_w4afp8.testing import cases
 
 pytestmark = pytest.mark.sglang
 
-PREFIX = "model.layers.1.mlp.experts"
+PREFIX = cases.EXPERTS_PREFIX
 EXPERTS, HIDDEN, INTERMEDIATE, TP = 2, 512, 2048, 32
 
 
@@ -45,18 +45,8 @@ class Allocations(TorchDispatchMode):
 
 
 def expert_tensors() -> dict[str, torch.Tensor]:
-    tensors = {}
-    for expert in range(EXPERTS):
-        for projection, (n, k) in {
-            "gate_proj": (INTERMEDIATE, HIDDEN),
-            "up_proj": (INTERMEDIATE, HIDDEN),
-            "down_proj": (HIDDEN, INTERMEDIATE),
-        }.items():
-            name = f"{PREFIX}.{expert}.{projection}"
-            tensors[f"{name}.weight"] = pack_int4(torch.randint(-8, 8, (n, k)))
-            tensors[f"{name}.weight_scale_inv"] = torch.rand(n, k // 128).bfloat16()
-            tensors[f"{name}.input_scale"] = torch.tensor([0.01])
-    return tensors
+    shape = cases.ExpertShape(EXPERTS, HIDDEN, INTERMEDIATE)
+    return cases.expert_tensors(shape, PREFIX, input_scale=0.01)
 
 
 def build(tensors: dict[str, torch.Tensor]) -> Any:
