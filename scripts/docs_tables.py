@@ -62,11 +62,32 @@ def served_table() -> str:
     return "\n".join(lines)
 
 
+def kernels_table() -> str:
+    """Our kernels' rows of ``benchmarks/results/moe-*.json``."""
+    lines = [
+        "| Device | Shape | Routing | M | us | ± us | GB/s | TFLOPS | % of read |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    files = (DOCS.parent / "benchmarks" / "results").glob("moe-*.json")
+    for path in sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)]):
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            if row["provider"] != "ours" or row.get("us") is None:
+                continue
+            lines.append(
+                f"| {result['device'].removeprefix('NVIDIA ')} | {row['shape']} | {row['routing']} "
+                f"| {row['m']} | {row['us']:.1f} | {row['spread_us']:.1f} | {row['gb_s']:.0f} | "
+                f"{row['tflops']:.1f} | {100 * row['roofline_us'] / row['us']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "variables": ("configuration.md", variables_table),
     "hooks": ("compatibility.md", hooks_table),
     "support": ("../README.md", support_table),
     "served": ("../README.md", served_table),
+    "kernels": ("kernels.md", kernels_table),
 }
 
 

@@ -66,6 +66,13 @@ _TABLES = (
         (),
         "the dict that model loading reads, changed in place",
     ),
+    _install(
+        "sglang.srt.model_executor.model_runner_components.moe_ep_setup"
+        ":check_quantized_moe_compatibility",
+        Kind.OVERRIDE,
+        ("model_config", "tp_size", "moe_ep_size", "moe_dp_size"),
+        "lifted: refuses expert shards that are no whole number of FP8 blocks",
+    ),
     _install(f"{_W4AFP8}:W4AFp8Config.get_name", Kind.CALL, (), "SGLang compares it as well"),
 )
 

@@ -1,5 +1,9 @@
 """Puts our config class where SGLang looks ``w4afp8`` up. Called by ``plugin.register`` only.
 
+SGLang refuses a model whose config.json has a ``weight_block_size`` when an expert shard is no
+whole number of blocks, before the model is built and whatever its method can do. That check is
+lifted for models of this method; :mod:`sglang_w4afp8.srt.preflight` makes its own.
+
 ``QUANTIZATION_METHODS`` is a copy of ``BASE_QUANTIZATION_METHODS`` made at import, and other
 modules hold the same dict objects, so both are changed in place. Importing this module imports
 SGLang's quantization package, which resolves the platform; when ``load_plugins()`` can be called,
@@ -8,8 +12,13 @@ SGLang's own imports have done that already (a contract test checks it).
 
 from __future__ import annotations
 
+import functools
+import sys
+from typing import Any
+
 from sglang.srt.layers import quantization
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
+from sglang.srt.model_executor.model_runner_components import moe_ep_setup
 
 from sglang_w4afp8.srt.config import ShardedW4AFp8Config
 
@@ -33,6 +42,26 @@ def install() -> type:
     for table in tables:
         if not isinstance(table, dict) or NAME not in table:
             raise TypeError(f"SGLang's quantization tables have no entry {NAME!r}")
+    lift_block_check()
     for table in tables:
         table[NAME] = ours
     return ours
+
+
+def lift_block_check() -> None:
+    """Let ``check_quantized_moe_compatibility`` pass models of this method; again does nothing."""
+    original = moe_ep_setup.check_quantized_moe_compatibility
+    if getattr(original, "passes_w4afp8", False):
+        return
+
+    @functools.wraps(original)
+    def check(*, model_config: Any, **layout: Any) -> None:
+        if model_config.quantization != NAME:
+            original(model_config=model_config, **layout)
+
+    check.passes_w4afp8 = True  # type: ignore[attr-defined]
+    moe_ep_setup.check_quantized_moe_compatibility = check
+    # model_runner imports the function by name; it may have done so already.
+    runner = sys.modules.get("sglang.srt.model_executor.model_runner")
+    if getattr(runner, original.__name__, None) is original:
+        setattr(runner, original.__name__, check)

@@ -84,6 +84,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
         super().__init__(quant_config)
         self.prefix = prefix
         self.backend: MoEBackend | None = None
+        self.input_scales: list[torch.Tensor] | None = None
 
     def create_weights(
         self,
@@ -204,15 +205,17 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             self._fill_dummy(layer)
         if self.scheme is ActivationScheme.STATIC:
             # One scale per layer and GEMM, as the kernels take it: the largest, so nothing clips.
-            self._replace(layer, "w13_input_scale", layer.w13_input_scale.data.amax().reshape(1))
-            self._replace(layer, "w2_input_scale", layer.w2_input_scale.data.amax().reshape(1))
-        prepared = self.backend.prepare(self.problem, self._weights(layer))
-        for name, tensor in zip(
-            _PARAMETERS,
-            (prepared.w13, prepared.w13_scale, prepared.w2, prepared.w2_scale),
-            strict=True,
-        ):
-            self._replace(layer, name, tensor)
+            largest = [layer.w13_input_scale.data.amax(), layer.w2_input_scale.data.amax()]
+            if self.input_scales is None:
+                self.input_scales = [scale.reshape(1).clone() for scale in largest]
+            for held, scale in zip(self.input_scales, largest, strict=True):
+                held.copy_(scale)  # in place: CUDA graphs may know its address
+        loaded = self._weights(layer)
+        prepared = self.backend.prepare(self.problem, loaded)
+        if prepared is not loaded:
+            tensors = (prepared.w13, prepared.w13_scale, prepared.w2, prepared.w2_scale)
+            for name, tensor in zip(_PARAMETERS, tensors, strict=True):
+                self._replace(layer, name, tensor)
         self.weights = self._weights(layer, prepared.state)
         self._log_model()
 
@@ -249,7 +252,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
         return self.weights
 
     def _weights(self, layer: torch.nn.Module, state: Any = None) -> MoEWeights:
-        static = self.scheme is ActivationScheme.STATIC
+        scales = self.input_scales or (None, None)
         return MoEWeights(
             w13=layer.w13_weight.data,
             w13_scale=layer.w13_weight_scale_inv.data,
@@ -257,18 +260,18 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             w2_scale=layer.w2_weight_scale_inv.data,
             w13_group_size=self.shard.group_size,
             w2_group_size=self.shard.w2_group_size,
-            w13_input_scale=layer.w13_input_scale.data if static else None,
-            w2_input_scale=layer.w2_input_scale.data if static else None,
+            w13_input_scale=scales[0],
+            w2_input_scale=scales[1],
             state=state,
         )
 
     def _replace(self, layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-        """Put ``tensor`` in parameter ``name``'s place, unless it is the same storage already."""
-        current = getattr(layer, name)
-        if tensor.data_ptr() == current.data_ptr() and tensor.shape == current.shape:
-            return
+        """Put a reordered tensor in parameter ``name``'s place, even if the storage is the same.
+
+        The dtype may tell a kernel something, and a later weight update must not copy checkpoint
+        order into the kernel's order.
+        """
         parameter = Parameter(tensor, requires_grad=False)
-        # A later weight update would copy checkpoint order into the kernel's order.
         set_weight_attrs(parameter, {"weight_loader": self._refuse_reload})
         setattr(layer, name, parameter)
 

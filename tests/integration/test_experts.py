@@ -127,7 +127,7 @@ def test_static_activations_are_the_same_at_every_tp(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("intermediate", "tp"), [(2048, 32), (1536, 8), (2560, 8), (1408, 8)])
 def test_stock_method_loads_too_few_scales_without_a_word(intermediate: int, tp: int) -> None:
-    """What this package is for. When this fails, SGLang has mended it: adapt docs/upstream.md."""
+    """What this package is for. When it fails, SGLang has mended it: docs/tensor-parallel.md."""
     from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
 
     from sglang_w4afp8.srt.virtual_ranks import virtual_rank
@@ -240,3 +240,64 @@ def test_experts_left_unquantised_are_bfloat16() -> None:
         )
     assert layer.w13_weight.dtype == torch.bfloat16
     assert "w13_weight_scale_inv" not in dict(layer.named_parameters())
+
+
+class InPlaceBackend:
+    """Reorders within the loaded storage and marks it by dtype, as the Hopper kernels do."""
+
+    name = "in-place"
+
+    def supports(self, problem: Any) -> None:
+        return None
+
+    def prepare(self, problem: Any, weights: Any) -> Any:
+        weights.w13.view(torch.uint8).bitwise_xor_(0x88)
+        return weights.replaced(w13=weights.w13.view(torch.uint8), state="mine")
+
+    def run(self, problem: Any, weights: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        assert weights.w13.dtype is torch.uint8, "the mark was lost"
+        assert weights.state == "mine"
+        return torch.zeros_like(x)
+
+
+def test_a_reordered_layer_keeps_its_mark_and_refuses_updates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from sglang_w4afp8.errors import BackendError
+    from sglang_w4afp8.srt import moe
+    from sglang_w4afp8.srt.virtual_ranks import run_experts, virtual_rank
+
+    monkeypatch.setattr(moe, "select", lambda problem: InPlaceBackend())
+    tensors = made(512)
+    with virtual_rank(0, 1):
+        layer = build(tensors, 512)
+        run_experts(layer, *routing())
+        for parameter in (layer.w13_weight, layer.w2_weight_scale_inv):
+            with pytest.raises(BackendError, match="running model"):
+                parameter.weight_loader(parameter, torch.zeros(1), "w", shard_id="w1", expert_id=0)
+
+
+def test_weights_in_checkpoint_order_can_be_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_w4afp8.srt.virtual_ranks import run_experts, virtual_rank
+
+    monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", "torch")
+    old, new = made(512), made(512)
+    for name in new:
+        if name.endswith("weight_scale_inv"):
+            new[name] = new[name] * 2
+    with virtual_rank(0, 1):
+        layer = build(old, 512)
+        before = run_experts(layer, *routing())
+        parameters = dict(layer.named_parameters())
+        for name, tensor in new.items():
+            expert, projection, kind = name.removeprefix(f"{PREFIX}.").split(".", 2)
+            shard_id = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
+            parameter = parameters[("w2_" if shard_id == "w2" else "w13_") + kind]
+            parameter.weight_loader(
+                parameter, tensor, name, shard_id=shard_id, expert_id=int(expert)
+            )
+        layer.quant_method.process_weights_after_loading(layer)
+        after = run_experts(layer, *routing())
+        fresh = run_experts(build(new, 512), *routing())
+    assert torch.equal(after, fresh)
+    assert not torch.allclose(after, before)
