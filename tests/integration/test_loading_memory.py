@@ -18,6 +18,7 @@ pytestmark = pytest.mark.sglang
 
 PREFIX = cases.EXPERTS_PREFIX
 EXPERTS, HIDDEN, INTERMEDIATE, TP = 2, 512, 2048, 32
+SHAPE = cases.ExpertShape(EXPERTS, HIDDEN, INTERMEDIATE)
 
 
 class Allocations(TorchDispatchMode):
@@ -45,11 +46,10 @@ class Allocations(TorchDispatchMode):
 
 
 def expert_tensors() -> dict[str, torch.Tensor]:
-    shape = cases.ExpertShape(EXPERTS, HIDDEN, INTERMEDIATE)
-    return cases.expert_tensors(shape, PREFIX, input_scale=0.01)
+    return cases.expert_tensors(SHAPE, PREFIX, input_scale=0.01)
 
 
-def build(tensors: dict[str, torch.Tensor]) -> Any:
+def build(tensors: dict[str, torch.Tensor], shape: cases.ExpertShape = SHAPE) -> Any:
     from sglang_w4afp8.srt.config import ShardedW4AFp8Config
     from sglang_w4afp8.srt.virtual_ranks import load_experts
 
@@ -57,9 +57,9 @@ def build(tensors: dict[str, torch.Tensor]) -> Any:
         ShardedW4AFp8Config(QuantSpec()),
         tensors,
         PREFIX,
-        num_experts=EXPERTS,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
+        num_experts=shape.experts,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
         top_k=1,
         dtype=torch.bfloat16,
     )
@@ -98,16 +98,22 @@ def test_the_watch_would_see_a_whole_copy() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_peak_is_one_layer_above_the_result() -> None:
+    import gc
+
     from sglang_w4afp8.srt.virtual_ranks import virtual_rank
 
-    tensors = expert_tensors()
-    layers = []
-    before = torch.cuda.memory_allocated()
-    with virtual_rank(1, 8), torch.device("cuda"):
-        layers.append(build(tensors))
+    shape = cases.ExpertShape(experts=8, hidden=2048, intermediate=2048)
+    tensors = cases.expert_tensors(shape, PREFIX, input_scale=0.01)
+    with virtual_rank(0, 1), torch.device("cuda"):
+        build(tensors, shape)  # what a backend allocates once per process
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        layers = [build(tensors, shape)]
         one_layer = torch.cuda.memory_allocated() - before
         torch.cuda.reset_peak_memory_stats()
-        layers += [build(tensors) for _ in range(4)]
+        layers += [build(tensors, shape) for _ in range(4)]
+        gc.collect()
     result = torch.cuda.memory_allocated() - before
     peak = torch.cuda.max_memory_allocated() - before
+    assert result >= len(layers) * one_layer
     assert peak - result <= one_layer
