@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +97,52 @@ def test_the_watch_would_see_a_whole_copy() -> None:
     with Allocations() as seen:
         whole.clone()[:, :32].contiguous()
     assert max(seen.sizes) == whole.numel()
+
+
+def _status_kib(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", text)[1])  # type: ignore[index]
+
+
+def _build_padded_layers(results: Any) -> None:
+    """Build layers for the backend whose step after loading copies most; report KiB."""
+    from sglang_w4afp8.srt import moe
+    from sglang_w4afp8.srt.cutlass import CutlassBackend
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    moe.select = lambda problem: CutlassBackend()  # type: ignore[assignment]
+    shape = cases.ExpertShape(experts=64, hidden=2048, intermediate=1536)
+    one = cases.expert_tensors(
+        cases.ExpertShape(1, shape.hidden, shape.intermediate), PREFIX, input_scale=0.01
+    )
+    tensors = {
+        name.replace(f"{PREFIX}.0.", f"{PREFIX}.{expert}."): tensor
+        for expert in range(shape.experts)
+        for name, tensor in one.items()
+    }
+    with virtual_rank(1, 8):
+        layers = [build(tensors, shape)]
+        start = _status_kib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        layers += [build(tensors, shape) for _ in range(4)]
+        end, peak = _status_kib("VmRSS"), _status_kib("VmHWM")
+    held = sum(p.numel() * p.element_size() for p in layers[0].parameters()) // 1024
+    results.put((start, end, peak, held))
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
+)
+def test_resident_memory_peaks_one_layer_above_the_result() -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    child = context.Process(target=_build_padded_layers, args=(results,))
+    child.start()
+    start, end, peak, layer = results.get(timeout=300)
+    child.join()
+    assert end - start >= 3.5 * layer, "the layers are not resident, so nothing was measured"
+    # A tenth for the allocator and the interpreter.
+    assert peak - end <= 1.1 * layer, f"{peak - end} KiB above the result, a layer has {layer}"
 
 
 @pytest.mark.gpu
