@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,12 @@ def _status_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1])  # type: ignore[index]
 
 
-def _build_padded_layers(results: Any) -> None:
-    """Build layers for the backend whose step after loading copies most; report KiB."""
+def _build_padded_layers() -> tuple[int, int, int, int]:
+    """Build layers for the backend whose step after loading copies most.
+
+    Returns:
+        KiB: resident after the first layer, after all, the peak in between, and one layer's size.
+    """
     from sglang_w4afp8.srt import moe
     from sglang_w4afp8.srt.cutlass import CutlassBackend
     from sglang_w4afp8.srt.virtual_ranks import virtual_rank
@@ -127,19 +132,16 @@ def _build_padded_layers(results: Any) -> None:
         layers += [build(tensors, shape) for _ in range(4)]
         end, peak = _status_kib("VmRSS"), _status_kib("VmHWM")
     held = sum(p.numel() * p.element_size() for p in layers[0].parameters()) // 1024
-    results.put((start, end, peak, held))
+    return start, end, peak, held
 
 
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
 )
 def test_resident_memory_peaks_one_layer_above_the_result() -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    child = context.Process(target=_build_padded_layers, args=(results,))
-    child.start()
-    start, end, peak, layer = results.get(timeout=300)
-    child.join()
+    # A process of its own: resident memory is the process's, and earlier tests leave some.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        start, end, peak, layer = pool.submit(_build_padded_layers).result()
     assert end - start >= 3.5 * layer, "the layers are not resident, so nothing was measured"
     # A tenth for the allocator and the interpreter.
     assert peak - end <= 1.1 * layer, f"{peak - end} KiB above the result, a layer has {layer}"
