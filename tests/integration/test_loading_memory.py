@@ -142,9 +142,10 @@ def test_resident_memory_peaks_one_layer_above_the_result() -> None:
     # A process of its own: resident memory is the process's, and earlier tests leave some.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         start, end, peak, layer = pool.submit(_build_padded_layers).result()
+    result = start + 4 * layer
     assert end - start >= 3.5 * layer, "the layers are not resident, so nothing was measured"
-    # A tenth for the allocator and the interpreter.
-    assert peak - end <= 1.1 * layer, f"{peak - end} KiB above the result, a layer has {layer}"
+    # A tenth for the allocator, which may keep a freed layer's memory for the next.
+    assert peak - result <= 1.1 * layer, f"{peak - result} KiB above the result; layer: {layer}"
 
 
 @pytest.mark.gpu
