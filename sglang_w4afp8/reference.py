@@ -53,17 +53,17 @@ def dequantize_fp8_block(
     """Block-FP8 weight times its block scales.
 
     Args:
-        weight: ``(N, K)`` float8_e4m3fn.
-        scale_inv: ``(ceil(N/n), ceil(K/k))`` float32; multiplied, despite its name.
+        weight: ``(…, N, K)`` float8_e4m3fn.
+        scale_inv: ``(…, ceil(N/n), ceil(K/k))`` float32; multiplied, despite its name.
         block: ``(n, k)``.
         dtype: of the product.
 
     Returns:
-        ``(N, K)`` in ``dtype``.
+        ``(…, N, K)`` in ``dtype``.
     """
-    rows, columns = weight.shape
-    per_row = scale_inv.to(dtype).repeat_interleave(block[0], dim=0)[:rows]
-    return weight.to(dtype) * per_row.repeat_interleave(block[1], dim=1)[:, :columns]
+    rows, columns = weight.shape[-2:]
+    per_row = scale_inv.to(dtype).repeat_interleave(block[0], dim=-2)[..., :rows, :]
+    return weight.to(dtype) * per_row.repeat_interleave(block[1], dim=-1)[..., :columns]
 
 
 def activation_scale(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sglang_w4afp8.reference import dequantize_fp8_block
+
 from sglang_w4afp8.errors import ShardError
 
 _INSTALLED = "_w4afp8_cpu"
@@ -52,8 +54,7 @@ def dequantize_blocks(
                 "--quantization w4afp8, which re-blocks the scales of such shards",
             ],
         )
-    full = scale.float().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    return (weight.float() * full[..., :rows, :cols]).to(dtype)
+    return dequantize_fp8_block(weight, scale, (block[0], block[1]), torch.float32).to(dtype)
 
 
 def dequantize_linear(layer: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
