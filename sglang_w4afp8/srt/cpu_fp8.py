@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sglang_w4afp8.reference import dequantize_fp8_block
-
 from sglang_w4afp8.errors import ShardError
+from sglang_w4afp8.reference import dequantize_fp8_block
 
 _INSTALLED = "_w4afp8_cpu"
 
