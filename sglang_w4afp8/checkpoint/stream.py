@@ -1,10 +1,9 @@
-"""Constant-memory reading and atomic writing of safetensors files.
+"""Atomic writing of safetensors files in constant memory.
 
-A reader fetches one tensor's bytes with ``pread`` (no map, so resident memory is what was asked
-for). A writer knows every name, dtype and shape before the first byte, writes the header, streams
-the tensors in order into a temporary file in the same directory, and only an fsync'ed, complete
-file is renamed to its final name. A process killed at any moment leaves either no file or a whole
-one, plus at most a temporary file that the next run removes.
+A writer knows every name, dtype and shape before the first byte, writes the header, streams the
+tensors in order into a temporary file in the same directory, and only an fsync'ed, complete file is
+renamed to its final name. A process killed at any moment leaves either no file or a whole one, plus
+at most a temporary file that the next run removes.
 """
 
 from __future__ import annotations
@@ -19,118 +18,25 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sglang_w4afp8.checkpoint.index import DTYPE_NAMES, DTYPES, TensorEntry
+from sglang_w4afp8.checkpoint.index import DTYPE_NAMES, DTYPES
+from sglang_w4afp8.checkpoint.reader import byte_view
+from sglang_w4afp8.checkpoint.stages import Stages
 from sglang_w4afp8.errors import CheckpointError
 
 TEMP_SUFFIX = ".w4afp8-tmp"
-_COPY_BYTES = 16 << 20
 # Tensors that may wait for the disk while the next ones are computed.
 _WRITE_BEHIND = 3
-
-
-def _view(flat: torch.Tensor) -> memoryview:
-    # numpy arrays are buffers, but NumPy's stubs say so only from Python 3.12 on.
-    array: Any = flat.numpy()
-    return memoryview(array)
+# The disk is asked to store what was written this often, so that little is left for the end.
+_SYNC_BYTES = 128 << 20
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor without a copy."""
     flat = tensor.contiguous().flatten()
-    return _view(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
-
-
-class TensorReader:
-    """Reads tensors of one checkpoint directory; keeps a few files open.
-
-    Args:
-        root: checkpoint directory.
-        max_open: file descriptors kept.
-    """
-
-    def __init__(self, root: Path, max_open: int = 8) -> None:
-        self._root = root
-        self._max_open = max_open
-        self._files: dict[str, int] = {}
-        self._ahead: dict[str, Future[torch.Tensor]] = {}
-        # The background thread has descriptors of its own: nothing here needs a lock.
-        self._thread: ThreadPoolExecutor | None = None
-        self._background: TensorReader | None = None
-
-    def _descriptor(self, shard: str) -> int:
-        descriptor = self._files.pop(shard, None)
-        if descriptor is None:
-            if len(self._files) >= self._max_open:
-                os.close(self._files.pop(next(iter(self._files))))
-            descriptor = os.open(self._root / shard, os.O_RDONLY)
-        self._files[shard] = descriptor  # most recently used last
-        return descriptor
-
-    def read_into(self, entry: TensorEntry, offset: int, view: memoryview) -> None:
-        """Fill ``view`` from the tensor's bytes starting at ``offset``.
-
-        Raises:
-            CheckpointError: the file ends early (it was cut after its header had been checked).
-        """
-        descriptor = self._descriptor(entry.shard)
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], entry.start + offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{self._root / entry.shard} ends inside {entry.name}",
-                    "the file became shorter while it was being read",
-                    ["check the disk and the download, then run the same command again"],
-                )
-            done += count
-
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype and shape."""
-        ahead = self._ahead.pop(entry.name, None)
-        if ahead is not None:
-            return ahead.result()
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        if entry.nbytes:
-            self.read_into(entry, 0, _view(buffer))
-        return buffer.view(entry.torch_dtype).view(entry.shape)
-
-    def prefetch(self, entries: Iterable[TensorEntry]) -> None:
-        """Start reading tensors in the background; a later :meth:`read` takes them over."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1)
-            self._background = TensorReader(self._root, self._max_open)
-        assert self._background is not None
-        for entry in entries:
-            self._ahead[entry.name] = self._thread.submit(self._background.read, entry)
-
-    def chunks(self, entry: TensorEntry, size: int = _COPY_BYTES) -> Iterable[memoryview]:
-        """The tensor's raw bytes in pieces; each piece is valid until the next one."""
-        buffer = memoryview(bytearray(min(size, entry.nbytes)))
-        offset = 0
-        while offset < entry.nbytes:
-            part = buffer[: min(size, entry.nbytes - offset)]
-            self.read_into(entry, offset, part)
-            yield part
-            offset += len(part)
-
-    def close(self) -> None:
-        """Close all files."""
-        if self._thread is not None and self._background is not None:
-            self._thread.shutdown(cancel_futures=True)
-            self._background.close()
-        self._ahead.clear()
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    return byte_view(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -190,17 +96,26 @@ class ShardWriter:
         path: final file.
         tensors: what it will hold, already in file order.
         metadata: the header's ``__metadata__``.
+        stages: told how long hashing, writing and syncing took.
     """
 
     def __init__(
-        self, path: Path, tensors: list[OutTensor], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        tensors: list[OutTensor],
+        metadata: Mapping[str, str] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.path = path
+        self._stages = stages or Stages()
         self._temp = path.with_name(f"{path.name}.{os.getpid()}{TEMP_SUFFIX}")
         self._pending = list(reversed(tensors))
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
         self._behind: deque[Future[None]] = deque()
+        self._sync_thread = ThreadPoolExecutor(1)
+        self._sync: Future[None] | None = None
+        self._synced_bytes = 0
         self.size_bytes = 0
         header = build_header(tensors, metadata or {"format": "pt"})
         total = len(header) + sum(item.nbytes for item in tensors)
@@ -219,11 +134,26 @@ class ShardWriter:
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
-        while len(view):
-            count = os.write(self._file, view)
-            self._digest.update(view[:count])
-            self.size_bytes += count
-            view = view[count:]
+        with self._stages.measure("hash"):
+            self._digest.update(view)
+        with self._stages.measure("write"):
+            while len(view):
+                count = os.write(self._file, view)
+                self.size_bytes += count
+                view = view[count:]
+        if self.size_bytes - self._synced_bytes >= _SYNC_BYTES and self._is_synced():
+            self._synced_bytes = self.size_bytes
+            self._sync = self._sync_thread.submit(self._sync_now)
+
+    def _is_synced(self) -> bool:
+        if self._sync is not None and self._sync.done():
+            self._sync.result()  # raises what the disk had to say
+            self._sync = None
+        return self._sync is None
+
+    def _sync_now(self) -> None:
+        with self._stages.measure("sync"):
+            os.fsync(self._file)
 
     def _next(self, name: str) -> OutTensor:
         item = self._pending.pop()
@@ -235,7 +165,8 @@ class ShardWriter:
         item = self._next(name)
         found = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
         assert found == (item.dtype, item.shape), f"{name}: {found} written, {item} announced"
-        self._wait(_WRITE_BEHIND)
+        with self._stages.measure("wait for write"):
+            self._wait(_WRITE_BEHIND)
         self._behind.append(self._thread.submit(self._write, tensor_bytes(tensor.cpu())))
 
     def _wait(self, allowed: int) -> None:
@@ -266,9 +197,13 @@ class ShardWriter:
             sha256 of the file, hexadecimal.
         """
         assert not self._pending, f"{len(self._pending)} tensors were never written"
-        self._wait(0)
+        with self._stages.measure("wait for write"):
+            self._wait(0)
         try:
-            os.fsync(self._file)
+            with self._stages.measure("wait for sync"):
+                if self._sync is not None:
+                    self._sync.result()
+                self._sync_now()
             os.close(self._file)
             self._file = -1
             os.replace(self._temp, self.path)
@@ -280,6 +215,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the temporary file; harmless after ``commit``."""
         self._thread.shutdown(cancel_futures=True)
+        self._sync_thread.shutdown(cancel_futures=True)
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -24,7 +24,7 @@ from sglang_w4afp8.checkpoint.index import (
     open_index,
     read_header,
 )
-from sglang_w4afp8.checkpoint.stream import TensorReader
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.reference import FP8_MAX
 

@@ -56,6 +56,8 @@ class ConvertReport:
         shards: output shards.
         shards_resumed: of these, finished by an earlier run.
         seconds: wall time of this run.
+        stage_seconds: seconds per stage, added up over workers and their threads; shards finished
+            by an earlier run included.
         quality: SNR summary, see :func:`~.convert_output.quality_table`.
         notes: remarks worth reading.
     """
@@ -76,6 +78,7 @@ class ConvertReport:
     shards: int
     shards_resumed: int = 0
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -113,7 +116,7 @@ def convert_checkpoint(
             None means static when ``act_scales`` is given or the source has input scales.
         act_scales: file of calibrated amaxes, see :func:`~.act_scales.load_amaxes`.
         device: ``cpu`` or ``cuda[:N]``, where rounding is computed.
-        workers: processes; memory grows by about one expert matrix in float32 per worker.
+        workers: processes, or threads with ``device="cuda"``; each holds a few expert matrices.
         keep: regular expressions searched in ``…layers.L.….experts``; matching layers stay.
         full_range: ``mse`` and ``gptq``: negative scales and the code −8 (better by about 0.8 dB).
         requantize: round 4-bit sources again (needed for AWQ, asymmetric or permuted GPTQ, MXFP4,
@@ -205,6 +208,9 @@ def convert_checkpoint(
         progress=progress,
     )
     report.shards_resumed = outcome.resumed
+    for record in outcome.records:
+        for stage, seconds in record.seconds.items():
+            report.stage_seconds[stage] = report.stage_seconds.get(stage, 0.0) + seconds
     report.quality = read_json(target / MANIFEST_NAME).get("quality", {})
     if outcome.was_complete:
         report.notes.append("the same conversion is already complete in DST; nothing was done")

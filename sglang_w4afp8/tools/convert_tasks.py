@@ -18,10 +18,12 @@ from sglang_w4afp8.checkpoint.formats import (
 )
 from sglang_w4afp8.checkpoint.index import TensorEntry
 from sglang_w4afp8.checkpoint.names import ExpertName
-from sglang_w4afp8.checkpoint.stream import OutTensor, TensorReader
+from sglang_w4afp8.checkpoint.reader import TensorReader
+from sglang_w4afp8.checkpoint.stream import OutTensor
 from sglang_w4afp8.packing import has_minus_eight
 from sglang_w4afp8.quantize.gptq import inverse_factor
 from sglang_w4afp8.quantize.groups import resize_group_scale
+from sglang_w4afp8.quantize.metrics import ErrorStats
 from sglang_w4afp8.quantize.weights import float_rows, quantize_weight
 from sglang_w4afp8.reference import dequantize_int4
 from sglang_w4afp8.tools.rewrite_job import Made
@@ -129,27 +131,44 @@ class ExpertTask:
         weight = _format(self.format_name).load(self.parts, reader.read)
         stats = None
         if isinstance(weight, FloatWeight) or self.options.requantize:
-            source = _to_float(weight)
-            packed, scale, stats = quantize_weight(
-                source.data.to(device),
-                None if source.scale is None else source.scale.to(device),
-                source.block,
-                method=self.options.method,
-                group_size=self.group_size,
-                full_range=self.options.full_range,
-                factor=None if self.moments is None else _factor(self.moments, device),
-                name=self.key,
-            )
+            # On a GPU this includes the copies there and back: they overlap other workers' reads.
+            with reader.stages.measure("compute"):
+                packed, scale, stats, minus_eight = self._round(_to_float(weight), device)
         else:
             packed = weight.packed
             scale = resize_group_scale(weight.scale, weight.group_size, self.group_size)
-        tensors = {f"{self.key}.weight": packed.cpu(), f"{self.key}.weight_scale_inv": scale.cpu()}
+            minus_eight = has_minus_eight(packed)
+        tensors = {f"{self.key}.weight": packed, f"{self.key}.weight_scale_inv": scale}
         if self.input_scale is not None:
             value = torch.tensor([self.input_scale], dtype=torch.bfloat16)
             tensors[self.input_scale_name] = value
+        return Made(tensors, stats, minus_eight)
+
+    def _round(
+        self, source: FloatWeight, device: str
+    ) -> tuple[torch.Tensor, torch.Tensor, ErrorStats, bool]:
+        packed, scale, stats = quantize_weight(
+            source.data.to(device, non_blocking=True),
+            None if source.scale is None else source.scale.to(device, non_blocking=True),
+            source.block,
+            method=self.options.method,
+            group_size=self.group_size,
+            full_range=self.options.full_range,
+            factor=None if self.moments is None else _factor(self.moments, device),
+            name=self.key,
+        )
         # Rounding without full_range cannot make a −8; looking would cost time for nothing.
-        may_hold = stats is None or self.options.full_range
-        return Made(tensors, stats, may_hold and has_minus_eight(packed))
+        minus_eight = self.options.full_range and has_minus_eight(packed)
+        return _to_host(packed), _to_host(scale), stats, minus_eight
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU; from a GPU by way of page-locked memory, several times as fast."""
+    if not tensor.is_cuda:
+        return tensor
+    made = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    made.copy_(tensor)  # returns when the bytes are there
+    return made
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sglang_w4afp8.checkpoint.names import (
     text_config,
     uses_w_scale_names,
 )
-from sglang_w4afp8.checkpoint.stream import TensorReader
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.errors import W4AFp8Error
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.tools.console import human_bytes, print_json

@@ -27,9 +27,9 @@ from sglang_w4afp8.checkpoint.index import (
     TensorEntry,
     open_index,
 )
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.checkpoint.stream import (
     OutTensor,
-    TensorReader,
     write_atomic,
 )
 from sglang_w4afp8.checkpoint.w4afp8 import W4AFp8

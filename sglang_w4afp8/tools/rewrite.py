@@ -13,8 +13,9 @@ import fcntl
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from sglang_w4afp8.tools.rewrite_job import (
     init_worker,
     run_job,
     run_job_in_worker,
+    run_job_on_stream,
 )
 
 MANIFEST_NAME = "w4afp8-manifest.json"
@@ -210,31 +212,56 @@ def one_thread() -> Iterator[None]:
 def _run_jobs(
     jobs: list[ShardJob], source: Path, target: Path, device: str, workers: int, bar: Progress
 ) -> list[ShardRecord]:
-    def record_path(job: ShardJob) -> Path:
-        return target / WORK_DIR / (job.shard + RECORD_SUFFIX)
+    # Largest first, so that no long job is left for the end.
+    ordered = sorted(jobs, key=lambda job: -job.source_bytes)
+    places = [(job, source, target, _record_path(target, job), device) for job in ordered]
+    workers = min(workers, max(1, len(jobs)))
+    if device.startswith("cuda"):
+        return _run_threads(places, workers, bar)
+    if workers > 1:
+        return _run_processes(places, workers, bar)
+    with one_thread():
+        return [
+            run_job(job, source, target, _record_path(target, job), device, bar.advance)
+            for job in jobs
+        ]
 
-    if workers == 1 or len(jobs) <= 1:
-        with one_thread():
-            return [
-                run_job(job, source, target, record_path(job), device, bar.advance) for job in jobs
-            ]
-    # Spawned, not forked: CUDA and torch's thread pools do not survive a fork.
+
+_Place = tuple[ShardJob, Path, Path, Path, str]
+
+
+def _run_threads(places: list[_Place], workers: int, bar: Progress) -> list[ShardRecord]:
+    """Threads for a GPU: one CUDA context, and what takes time (reading, copying, hashing, writing)
+    runs without the interpreter's lock."""
+    lock = threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        with lock:
+            bar.advance(nbytes)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run_job_on_stream, *place, advance) for place in places]
+        try:
+            return [future.result() for future in as_completed(futures)]
+        except BaseException:
+            # Shards in the making are finished and kept; nothing new is begun.
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _run_processes(places: list[_Place], workers: int, bar: Progress) -> list[ShardRecord]:
+    # Spawned, not forked: torch's thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     start = bar.done_bytes
     records: list[ShardRecord] = []
     with ProcessPoolExecutor(
-        max_workers=min(workers, len(jobs)),
+        max_workers=workers,
         mp_context=context,
         initializer=init_worker,
         initargs=(counter, os.getpid()),
     ) as pool:
-        # Largest first, so that no long job is left for the end.
-        ordered = sorted(jobs, key=lambda job: -job.source_bytes)
-        futures = {
-            pool.submit(run_job_in_worker, job, source, target, record_path(job), device)
-            for job in ordered
-        }
+        futures = {pool.submit(run_job_in_worker, *place) for place in places}
         try:
             while futures:
                 done = {future for future in futures if future.done()}
@@ -257,8 +284,12 @@ def _run_jobs(
     return records
 
 
+def _record_path(target: Path, job: ShardJob) -> Path:
+    return target / WORK_DIR / (job.shard + RECORD_SUFFIX)
+
+
 def _finished(target: Path, job: ShardJob) -> ShardRecord | None:
-    record = ShardRecord.load(target / WORK_DIR / (job.shard + RECORD_SUFFIX))
+    record = ShardRecord.load(_record_path(target, job))
     if record is None or record.shard != job.shard:
         return None
     path = target / job.shard
@@ -289,7 +320,7 @@ def rewrite(
             ``config.json``, after the manifest.
         label: first word of the progress line.
         device: torch device for arithmetic.
-        workers: processes.
+        workers: processes; threads on a CUDA device.
         overwrite: drop a checkpoint or other unfinished work in ``target`` first.
         progress: draw a progress line on standard error.
 

@@ -8,11 +8,11 @@ run at once, in this process or in workers.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,16 +21,18 @@ from typing import Any, Protocol
 import torch
 
 from sglang_w4afp8.checkpoint.index import TensorEntry
+from sglang_w4afp8.checkpoint.reader import TensorReader
+from sglang_w4afp8.checkpoint.stages import Stages
 from sglang_w4afp8.checkpoint.stream import (
     OutTensor,
     ShardWriter,
-    TensorReader,
     file_order,
     write_atomic,
 )
 from sglang_w4afp8.quantize.metrics import ErrorStats
 
 RECORD_SUFFIX = ".json"
+_CUDA_AHEAD = 3
 
 
 @dataclass
@@ -133,6 +135,7 @@ class ShardRecord:
         size_bytes: of the file.
         quality: task key → energies (:class:`ErrorStats` fields), where something was rounded.
         has_minus_eight: whether the code −8 occurs.
+        seconds: stage → seconds, see :class:`~sglang_w4afp8.checkpoint.stages.Stages`.
     """
 
     shard: str
@@ -140,6 +143,7 @@ class ShardRecord:
     size_bytes: int
     quality: dict[str, dict[str, Any]]
     has_minus_eight: bool
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
         """The record's file content."""
@@ -178,13 +182,18 @@ def run_job(
     ready: dict[str, torch.Tensor] = {}
     quality: dict[str, dict[str, Any]] = {}
     minus_eight = False
+    stages = Stages()
+    is_cuda = device.startswith("cuda")
+    # A GPU is done with a matrix before the next one is read: read several, by two threads.
+    ahead, threads = (_CUDA_AHEAD, 2) if is_cuda else (1, 1)
     with (
-        TensorReader(source_root) as reader,
-        ShardWriter(target_root / job.shard, job.outputs) as writer,
+        TensorReader(source_root, pinned=is_cuda, threads=threads, stages=stages) as reader,
+        ShardWriter(target_root / job.shard, job.outputs, stages=stages) as writer,
     ):
-        # Tasks are made in file order; the next one's tensors are read while one is computed.
+        # Tasks are made in file order; the next ones' tensors are read while one is computed.
         order = list(dict.fromkeys(job.owner[i.name] for i in job.outputs if i.name in job.owner))
-        following = dict(itertools.pairwise(order))
+        waiting = deque(order)
+        coming = 0
         for item in job.outputs:
             entry = job.copies.get(item.name)
             if entry is not None:
@@ -192,10 +201,12 @@ def run_job(
                 advance(entry.nbytes)
                 continue
             if item.name not in ready:
+                while waiting and coming <= ahead:
+                    reader.prefetch(job.tasks[waiting.popleft()].sources)
+                    coming += 1
                 task = job.tasks[job.owner[item.name]]
-                if task.key in following:
-                    reader.prefetch(job.tasks[following[task.key]].sources)
                 made = task.make(reader, device)
+                coming -= 1
                 ready.update(made.tensors)
                 minus_eight |= made.has_minus_eight
                 if made.stats is not None:
@@ -203,7 +214,9 @@ def run_job(
                 advance(bytes_of(task))
             writer.write(item.name, ready.pop(item.name))
         digest = writer.commit()
-        record = ShardRecord(job.shard, digest, writer.size_bytes, quality, minus_eight)
+        record = ShardRecord(
+            job.shard, digest, writer.size_bytes, quality, minus_eight, stages.seconds
+        )
     # The record comes after the shard: a kill in between costs one shard's work, never a claim
     # about a file that is not there.
     write_atomic(record_path, record.to_json())
@@ -237,3 +250,16 @@ def run_job_in_worker(
 ) -> ShardRecord:
     """:func:`run_job` with progress reported through the shared counter."""
     return run_job(job, source_root, target_root, record_path, device, _advance_shared)
+
+
+def run_job_on_stream(
+    job: ShardJob,
+    source_root: Path,
+    target_root: Path,
+    record_path: Path,
+    device: str,
+    advance: Callable[[int], None],
+) -> ShardRecord:
+    """:func:`run_job` on a CUDA stream of its own, for threads that share a device."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        return run_job(job, source_root, target_root, record_path, device, advance)

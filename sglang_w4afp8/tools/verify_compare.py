@@ -14,7 +14,7 @@ import torch
 
 from sglang_w4afp8.checkpoint.formats import ExpertParts, FloatWeight, Int4Weight, detect
 from sglang_w4afp8.checkpoint.index import TensorEntry
-from sglang_w4afp8.checkpoint.stream import TensorReader
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.errors import W4AFp8Error
 from sglang_w4afp8.quantize.metrics import ErrorStats
 from sglang_w4afp8.quantize.weights import float_rows

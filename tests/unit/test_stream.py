@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from sglang_w4afp8.checkpoint import stream
 from sglang_w4afp8.checkpoint.index import DTYPE_NAMES, DTYPES, read_header
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.checkpoint.stream import (
     OutTensor,
     ShardWriter,
-    TensorReader,
     file_order,
     remove_stale_temps,
     tensor_bytes,
