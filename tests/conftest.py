@@ -1,8 +1,18 @@
-"""Tests marked ``gpu`` are skipped where there is none, and the last lines say so."""
+"""Tests marked ``gpu`` are skipped where there is none, and the last lines say so.
+
+Where the tests run in several processes (``pytest -n``), one process takes a whole file, so that
+its fixtures are made once. Files whose tests each take long are taken apart.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+
+# File name -> what of a test's id names the tests that belong together: the whole id, where each
+# test starts processes of its own, or the parameters, where the fixture of a case is dear.
+_TAKEN_APART = {"test_registration.py": "test", "test_server.py": "case"}
 
 _skipped = pytest.StashKey[int]()
 
@@ -22,6 +32,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     config.stash[_skipped] = len(gpu_items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests by ``_unit``, in the order in which they were collected."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByUnit(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _unit(nodeid)
+
+    config.option.loadscopereorder = False  # it would put the files with most tests first
+    return ByUnit(config, log)
+
+
+def _unit(nodeid: str) -> str:
+    """Name of the group of tests that one process takes together."""
+    file = nodeid.partition("::")[0]
+    apart = _TAKEN_APART.get(file.rpartition("/")[2])
+    if apart == "case":
+        return f"{file} {nodeid.partition('[')[2]}"
+    return nodeid if apart == "test" else file
 
 
 def pytest_terminal_summary(

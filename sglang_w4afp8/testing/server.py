@@ -9,6 +9,7 @@ native ``/generate`` with token ids and for the OpenAI-style ``/v1/completions``
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -222,6 +223,27 @@ def launch(
         yield server
     finally:
         _stop(server.processes)
+
+
+def light_start(*models: str) -> dict[str, str]:
+    """Environment with which a server's processes import less, for tests that start many.
+
+    Args:
+        models: modules of ``sglang.srt.models`` to keep, e.g. ``qwen3_moe``; SGLang imports all two
+            hundred otherwise, in every rank.
+
+    FlashInfer, which only a GPU can use, takes another second a process.
+    """
+    sglang = importlib.util.find_spec("sglang")
+    assert sglang is not None and sglang.origin is not None, "sglang is not installed"
+    folder = Path(sglang.origin).parent / "srt" / "models"
+    missing = [name for name in models if not (folder / f"{name}.py").is_file()]
+    assert not missing, f"no such modules: {missing}"
+    others = {path.stem for path in folder.glob("*.py")} - {*models, "__init__"}
+    return {
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(sorted(others)),
+        "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
+    }
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,14 +1,18 @@
 """Checkpoints and the judge's answers about them, made once for all integration tests.
 
 ``checkpoint_of(name)`` writes a tiny checkpoint and converts it with the real converter;
-``reference_of(name)`` runs the judge on it. Both do so when first asked.
+``reference_of(name)`` runs the judge on it. Both do so when first asked, and keep the result in a
+folder that parallel test processes share.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -102,34 +106,54 @@ def texts() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for this run of the tests, whatever the number of processes that share it."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = root / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Whoever comes second waits until ``path`` has been made."""
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
     """Name in ``SOURCES`` -> folder of the W4AFP8 checkpoint; ``<folder>-source`` is beside it."""
     from sglang_w4afp8.tools.convert import convert_checkpoint
 
-    root = tmp_path_factory.mktemp("checkpoints")
-
     def get(name: str) -> Path:
-        folder = root / name
-        if not folder.exists():
-            source = SOURCES[name].write(root / f"{name}-source")
-            convert_checkpoint(source, folder, group_size=SOURCES[name].group)
-            config = json.loads((folder / "config.json").read_text())["quantization_config"]
-            assert config["quant_method"] == "w4afp8"
-            assert config["group_size"] == SOURCES[name].group
+        folder = shared_folder / name
+        with _only_one(folder):
+            if not folder.exists():
+                source = SOURCES[name].write(shared_folder / f"{name}-source")
+                convert_checkpoint(source, folder, group_size=SOURCES[name].group)
+                config = json.loads((folder / "config.json").read_text())["quantization_config"]
+                assert config["quant_method"] == "w4afp8"
+                assert config["group_size"] == SOURCES[name].group
         return folder
 
     return get
 
 
 @pytest.fixture(scope="session")
-def reference_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Reference]:
+def reference_of(
+    shared_folder: Path, checkpoint_of: Callable[[str], Path]
+) -> Callable[[str], Reference]:
     """Name in ``SOURCES`` -> the judge's answers."""
-    known: dict[str, Reference] = {}
 
     def get(name: str) -> Reference:
-        if name not in known:
-            known[name] = _ask_judge(checkpoint_of(name))
-        return known[name]
+        answers = shared_folder / f"{name}.judge.json"
+        with _only_one(answers):
+            if not answers.exists():
+                answers.write_text(json.dumps(asdict(_ask_judge(checkpoint_of(name)))))
+        return Reference(**json.loads(answers.read_text()))
 
     return get
 
