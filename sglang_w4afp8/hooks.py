@@ -1,8 +1,9 @@
 """The upstream names this package relies on. Data only; :mod:`sglang_w4afp8.compat` compares them.
 
 Adding a use of SGLang to ``srt/`` means adding a row here, with the reason; a test compares the
-imports there with this table. A row that is no longer used goes away with its use. The CPU platform
-and ``virtual_ranks`` are not in it: they serve tests and demonstrations, which fail by themselves.
+imports there with this table. A row that is no longer used goes away with its use. The CPU
+platform, ``virtual_ranks`` and ``peers/`` are not in it: they serve tests, demonstrations and the
+bench, which fail by themselves.
 """
 
 from __future__ import annotations

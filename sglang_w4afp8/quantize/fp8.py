@@ -103,3 +103,25 @@ def resize_block_scale(
     taller = raw.repeat_interleave(block[0] // new_block[0], dim=0)[:rows]
     resized = taller.repeat_interleave(block[1] // new_block[1], dim=1)[:, :columns].contiguous()
     return resized.view(scale.dtype)
+
+
+def quantize_fp8_block(
+    values: torch.Tensor, block: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round a matrix to block-FP8, each block's largest magnitude becoming 448.
+
+    Args:
+        values: ``(N, K)`` float32; both are whole numbers of blocks.
+        block: ``(n, k)``.
+
+    Returns:
+        ``(N, K)`` float8_e4m3fn and ``(N/n, K/k)`` float32, to be multiplied. A block of zeros has
+        scale 1.
+    """
+    rows, columns = values.shape[0] // block[0], values.shape[1] // block[1]
+    tiles = values.view(rows, block[0], columns, block[1])
+    largest = tiles.abs().amax(dim=(1, 3))
+    scale = torch.where(largest > 0, largest / 448.0, torch.ones_like(largest))
+    # The division may end a hair above 448, which E4M3 would turn into NaN.
+    codes = (tiles / scale[:, None, :, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    return codes.view_as(values), scale

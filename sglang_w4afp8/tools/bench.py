@@ -6,7 +6,9 @@ Exit code 1 if a kernel disagreed with the oracle.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import time
@@ -18,27 +20,22 @@ from typing import Any
 import torch
 
 from sglang_w4afp8 import __version__
-from sglang_w4afp8.layer import MoEWeights
-from sglang_w4afp8.spec import ActivationScheme
+from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.tools.bench_moe import (
+    ROUTINGS,
     SHAPES,
-    Call,
     Ceilings,
     Shape,
-    call_count,
-    graph_times_us,
-    hit_experts,
     measure_ceilings,
-    oracle,
-    random_calls,
-    random_weights,
-    relative_error,
-    spread,
+    shape_of,
 )
-from sglang_w4afp8.tools.bench_peers import Provider, providers
+from sglang_w4afp8.tools.bench_peers import PROVIDERS, providers
+from sglang_w4afp8.tools.bench_plot import draw, summary
+from sglang_w4afp8.tools.bench_run import ContextLost, Measurement, line
 
-TOLERANCE = 1e-2
-"""Relative L2 error above which a kernel counts as wrong. BF16 intermediates alone give 2e-3."""
+LIBRARIES = (
+    "sglang", "sglang-kernel", "sgl-deep-gemm", "humming-kernels", "flashinfer-python", "triton",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,15 +43,24 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="sglang-w4afp8 bench", description=__doc__)
     kinds = result.add_subparsers(dest="kind", required=True)
     moe = kinds.add_parser("moe", help="one MoE layer, routing output in, combined BF16 out")
-    moe.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["r1-tp8"])
+    moe.add_argument(
+        "--shape", nargs="+", type=shape_of, default=[SHAPES["r1-tp8"]],
+        help=f"{', '.join(SHAPES)}, or experts=256,hidden=7168,inner=256,top_k=8",
+    )  # fmt: skip
     moe.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
-    moe.add_argument("--routing", nargs="+", choices=("uniform", "zipf", "hot"))
+    moe.add_argument("--routing", nargs="+", choices=tuple(ROUTINGS), default=["uniform"])
     moe.add_argument("--scheme", choices=("static", "dynamic_per_token"), default="static")
-    moe.add_argument("--provider", nargs="+", help="only these")
+    moe.add_argument("--provider", nargs="+", choices=tuple(PROVIDERS), help="only these")
     moe.add_argument("--replays", type=int, default=9)
     moe.add_argument("--weight-sets", type=int, default=2)
-    moe.add_argument("--json", type=Path, help="write results here")
+    moe.add_argument("--peer-limit", type=float, metavar="S", help="seconds for one peer and shape")
+    moe.add_argument("--check-only", action="store_true", help="compare with the oracle, no timing")
+    moe.add_argument("--json", type=Path, help="write all rows into this file")
+    moe.add_argument("--out", type=Path, help="write moe-GPU-SHAPE.json and .png into this folder")
     moe.add_argument("--commit", help="of this package; asked from git by default")
+    plot = kinds.add_parser("plot", help="draw a result file: latency over tokens")
+    plot.add_argument("result", type=Path)
+    plot.add_argument("png", type=Path)
     return result
 
 
@@ -69,24 +75,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(words)
+    if options.kind == "plot":
+        draw(json.loads(options.result.read_text()), options.png)
+        return 0
     if not torch.cuda.is_available():
         print("sglang-w4afp8 bench moe: no CUDA device is visible to torch", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    ceilings = measure_ceilings()
+    ceilings = Ceilings(1.0, 1.0, 1.0) if options.check_only else measure_ceilings()
     report: dict[str, Any] = {
         **environment(options.commit),
         "command": "sglang-w4afp8 bench " + " ".join(Path(word).name for word in words),
-        "ceilings": asdict(ceilings),
+        "ceilings": None if options.check_only else asdict(ceilings),
         "scheme": options.scheme,
+        "routings": {name: ROUTINGS[name] for name in options.routing},
         "rows": [],
     }
-    print(", ".join(f"{name} {value:.0f}" for name, value in asdict(ceilings).items()), flush=True)
-    for name in options.shape:
-        report["rows"] += _bench_shape(SHAPES[name], options, ceilings)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    measured = ", ".join(f"{name} {value:.0f}" for name, value in asdict(ceilings).items())
+    print("no timing" if options.check_only else measured, flush=True)
+    for shape in options.shape:
+        _bench_shape(shape, options, Measurement(options, ceilings), report)
     return 1 if any(row.get("wrong") for row in report["rows"]) else 0
 
 
@@ -104,90 +112,68 @@ def environment(commit: str | None) -> dict[str, Any]:
         "driver": driver[0] if driver else "unknown",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "libraries": {name: _version(name) for name in LIBRARIES},
         "sglang_w4afp8": __version__,
         "commit": commit,
     }
 
 
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def gpu_word(device: str) -> str:
+    """``h100`` of ``NVIDIA H100 80GB HBM3``: the first word with letters, then digits."""
+    found = re.search(r"\b[A-Za-z]+\d+[A-Za-z]?\b", device)
+    return (found[0] if found else device.replace(" ", "-")).lower()
+
+
 def _bench_shape(
-    shape: Shape, options: argparse.Namespace, ceilings: Ceilings
-) -> list[dict[str, Any]]:
-    scheme = ActivationScheme(options.scheme)
-    sets = [random_weights(shape, scheme, seed) for seed in range(options.weight_sets)]
-    rows = []
-    for provider in providers():
-        if options.provider and provider.name not in options.provider:
-            continue
-        reason = provider.why_not(shape, scheme)
-        if reason is not None:
-            row = {"shape": shape.name, "provider": provider.name, "reason": reason}
-            rows.append(row)
-            print(f"{shape.name:14} {provider.name:18} not run: {reason}", flush=True)
-            continue
-        rows += _bench_provider(shape, scheme, provider, sets, options, ceilings)
-        torch.cuda.empty_cache()
-    return rows
+    shape: Shape, options: argparse.Namespace, measurement: Measurement, report: dict[str, Any]
+) -> None:
+    """Add the rows of all providers; what is known is on disk after each."""
+    before, lost = len(report["rows"]), None
+    measurement.load(shape)
+    for provider in providers(options.provider):
+        rows: list[dict[str, Any]] = []
+        if lost is not None:
+            rows.append({"shape": shape.name, "provider": provider.name, "reason": lost})
+        else:
+            try:
+                measurement.provider(provider, rows)
+            except ContextLost as error:
+                lost = f"{provider.name} left the CUDA context unusable: {error}"
+        for row in rows:
+            if "us" not in row:
+                print(line(row), flush=True)
+        report["rows"] += rows
+        _write(shape, options, report, report["rows"][before:])
+    print(summary(report["rows"][before:]), flush=True)
+    if lost is not None:
+        raise ConfigError("bench moe", lost, ["run again without it: --provider …"])
 
 
-def _bench_provider(
-    shape: Shape,
-    scheme: ActivationScheme,
-    provider: Provider,
-    sets: list[MoEWeights],
-    options: argparse.Namespace,
-    ceilings: Ceilings,
-) -> list[dict[str, Any]]:
-    runs = [provider.prepare(shape, scheme, weights) for weights in sets]
-    rows = []
-    for routing in options.routing or ["uniform"]:
-        for tokens in options.tokens:
-            count = call_count(shape, tokens)
-            calls = random_calls(shape, tokens, routing, count, seed=tokens)
-            wrong = 0.0
-            for number in range(len(sets)):
-                out = runs[number](calls[number])
-                error = relative_error(out, oracle(sets[number], calls[number], scheme))
-                wrong = error if not error <= wrong else wrong
-            row: dict[str, Any] = {
-                "shape": shape.name,
-                "m": tokens,
-                "routing": routing,
-                "provider": provider.name,
-                "error": wrong,
-                "wrong": not wrong < TOLERANCE,
-            }
-            rows.append(row)
-            if row["wrong"]:
-                print(f"{shape.name} {provider.name} M={tokens}: error {wrong:.2e}, not timed")
-                continue
-
-            def body(calls: list[Call] = calls) -> list[torch.Tensor]:
-                return [runs[i % len(runs)](call) for i, call in enumerate(calls)]
-
-            us, spread_us = spread(graph_times_us(body, count, options.replays))
-            weight_bytes = hit_experts(calls) * shape.expert_bytes
-            pairs = sum(int((call.topk_ids >= 0).sum()) for call in calls) / count
-            flops = pairs * 6 * shape.inner * shape.hidden
-            row |= {
-                "us": us,
-                "spread_us": spread_us,
-                "calls": count,
-                "weight_bytes": weight_bytes,
-                "gb_s": weight_bytes / us / 1e3,
-                "tflops": flops / us / 1e6,
-                "roofline_us": ceilings.roofline_us(weight_bytes, flops),
-            }
-            print(_line(row), flush=True)
-    return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['shape']:14} {row['provider']:18} {row['routing']:8} M={row['m']:<6}"
-        f"{row['us']:9.1f} us ±{row['spread_us']:5.1f} {row['gb_s']:7.0f} GB/s "
-        f"{row['tflops']:7.1f} TFLOPS {100 * row['roofline_us'] / row['us']:5.0f} % of roofline "
-        f"error {row['error']:.1e}"
-    )
+def _write(
+    shape: Shape, options: argparse.Namespace, report: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = options.out / f"moe-{gpu_word(report['device'])}-{shape.name}"
+        result = report | {"rows": rows}
+        stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        if any("us" in row for row in rows):
+            try:
+                draw(result, stem.with_suffix(".png"))
+            except ModuleNotFoundError as error:
+                print(
+                    f"no picture: {error}; later: sglang-w4afp8 bench plot {stem}.json {stem}.png"
+                )
 
 
 if __name__ == "__main__":

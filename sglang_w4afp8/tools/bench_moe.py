@@ -92,6 +92,30 @@ SHAPES = {
 }
 
 
+def shape_of(words: str) -> Shape:
+    """A named shape, or one spelt out.
+
+    Args:
+        words: a name of :data:`SHAPES`, or ``experts=…,hidden=…,inner=…,top_k=…`` with optional
+            ``all_experts``, ``full_inner`` and ``group``.
+
+    Raises:
+        ValueError: neither.
+    """
+    if words in SHAPES:
+        return SHAPES[words]
+    try:
+        sizes = {key: int(value) for key, value in (w.split("=") for w in words.split(","))}
+        sizes = {"all_experts": sizes["experts"], "full_inner": sizes["inner"]} | sizes
+        name = "custom-" + "-".join(str(sizes[key]) for key in ("experts", "hidden", "inner"))
+        return Shape(name, **sizes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{words!r} is none of {', '.join(SHAPES)}, and not of the form "
+            "experts=256,hidden=7168,inner=256,top_k=8"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Call:
     """The inputs of one layer call.
@@ -142,22 +166,35 @@ def pack_int4_unchecked(codes: torch.Tensor) -> torch.Tensor:
     return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).view(torch.int8)
 
 
-def random_calls(shape: Shape, tokens: int, routing: str, count: int, seed: int) -> list[Call]:
-    """``count`` calls; ``routing`` is uniform, zipf (popularity 1/rank) or hot (one for all)."""
-    g = torch.Generator("cuda").manual_seed(seed)
+ROUTINGS = {
+    "uniform": "every expert equally likely",
+    "zipf": "the expert of rank r is chosen with a chance proportional to r^-1.2",
+    "hot": "30 % of tokens choose one expert among others, the rest is uniform",
+}
+
+
+def random_calls(
+    shape: Shape, tokens: int, routing: str, count: int, seed: int, device: str = "cuda"
+) -> list[Call]:
+    """``count`` calls with a routing of :data:`ROUTINGS`; each call has its own zipf order."""
+    assert routing in ROUTINGS, routing
+    g = torch.Generator(device).manual_seed(seed)
     calls = []
     for _ in range(count):
-        scores = torch.rand(tokens, shape.all_experts, generator=g, device="cuda").log().neg()
+        # An exponential race: with waiting times divided by p, first place has a chance ∝ p.
+        waits = torch.rand(tokens, shape.all_experts, generator=g, device=device).log().neg()
         if routing == "zipf":
-            order = torch.randperm(shape.all_experts, generator=g, device="cuda") + 1
-            scores = scores * order  # exponential race: the chance of first place is ∝ 1/rank
+            rank = torch.randperm(shape.all_experts, generator=g, device=device) + 1
+            waits = waits * rank**1.2
         elif routing == "hot":
-            scores[:, 1] = -1
-        ids = scores.topk(shape.top_k, dim=-1, largest=False).indices.to(torch.int32)
+            chosen = torch.rand(tokens, generator=g, device=device) < 0.3
+            chosen[0] = True  # also where there are too few tokens for 30 %
+            waits[chosen, 1] = -1.0
+        ids = waits.topk(shape.top_k, dim=-1, largest=False).indices.to(torch.int32)
         ids = torch.where(ids < shape.experts, ids, -1)
-        weights = torch.rand(tokens, shape.top_k, generator=g, device="cuda") + 0.1
+        weights = torch.rand(tokens, shape.top_k, generator=g, device=device) + 0.1
         weights = weights / weights.sum(dim=-1, keepdim=True)
-        x = torch.randn(tokens, shape.hidden, generator=g, device="cuda").bfloat16()
+        x = torch.randn(tokens, shape.hidden, generator=g, device=device).bfloat16()
         calls.append(Call(x, weights, ids.contiguous()))
     return calls
 
@@ -168,9 +205,11 @@ def call_count(shape: Shape, tokens: int) -> int:
     return int(min(48, max(8, COLD_BYTES // one)))
 
 
-def relative_error(out: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖out − wanted‖ / ‖wanted‖; NaN stays NaN."""
-    return float((out.double() - wanted).norm() / wanted.norm())
+def errors(out: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """``‖out − wanted‖ / ‖wanted‖`` and the largest difference over wanted's rms; NaN stays NaN."""
+    difference = out.double() - wanted
+    rms = wanted.square().mean().sqrt()
+    return float(difference.square().mean().sqrt() / rms), float(difference.abs().max() / rms)
 
 
 def oracle(weights: MoEWeights, call: Call, scheme: ActivationScheme) -> torch.Tensor:

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": _TENSORS,
     "quantize": _TENSORS,
     "kernels": _TENSORS,
-    "srt": {*_TENSORS, "checkpoint", "kernels"},
+    "srt": {*_TENSORS, "checkpoint", "quantize", "kernels"},
     "host_source": set(),
     "contract": {"host_source"},
     "hooks": {"contract", "hooks_weights"},
@@ -55,7 +55,7 @@ OUTSIDE: dict[str, set[str]] = {
     "tools": {"torch", "safetensors", "transformers", "numpy"},
 }
 # Kernel libraries may be missing or broken; inside functions only, where they are needed.
-LAZY_OUTSIDE = {"triton", "cuda", "flashinfer", "humming", "vllm", "matplotlib", "huggingface_hub"}
+LAZY_OUTSIDE = {"triton", "cuda", "flashinfer", "humming", "vllm", "PIL", "huggingface_hub"}
 # Imported before SGLang has decided anything, or in broken environments.
 WITHOUT_TORCH = (
     "",

@@ -1,0 +1,251 @@
+"""``bench moe`` without a GPU: inputs, weight formats of the peers, what becomes of failures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_w4afp8.packing import pack_int4
+from sglang_w4afp8.quantize.fp8 import quantize_fp8_block
+from sglang_w4afp8.reference import dequantize_fp8_block
+from sglang_w4afp8.spec import ActivationScheme
+from sglang_w4afp8.tools import bench, bench_moe, bench_plot, bench_run
+from sglang_w4afp8.tools.bench_moe import Call, Ceilings, Shape, random_calls, shape_of
+
+SMALL = Shape("small", 16, 16, 64, 64, 64, 4)
+
+
+@pytest.mark.parametrize("routing", list(bench_moe.ROUTINGS))
+def test_routings_are_what_they_say(routing: str) -> None:
+    calls = random_calls(SMALL, 2000, routing, 2, seed=1, device="cpu")
+    for call in calls:
+        assert call.topk_ids.shape == (2000, 4)
+        assert (call.topk_ids.sort(dim=1).values.diff(dim=1) > 0).all(), "an expert twice"
+        torch.testing.assert_close(call.topk_weights.sum(dim=1), torch.ones(2000))
+        share = torch.bincount(call.topk_ids.flatten(), minlength=16).double() / 2000
+        if routing == "uniform":
+            assert (share - 4 / 16).abs().max() < 0.04
+        elif routing == "hot":
+            # Of the tokens that are not sent there, as many choose it as any other expert.
+            assert abs(float(share[1]) - (0.3 + 0.7 * 4 / 16)) < 0.04
+        else:
+            first = torch.bincount(call.topk_ids[:, 0], minlength=16).double() / 2000
+            law = torch.arange(1, 17, dtype=torch.float64) ** -1.2
+            assert (first.sort(descending=True).values - law / law.sum()).abs().max() < 0.04
+    assert not torch.equal(calls[0].topk_ids, calls[1].topk_ids)
+
+
+def test_ids_of_other_ranks_are_minus_one() -> None:
+    call = random_calls(Shape("ep", 4, 16, 64, 64, 64, 4), 500, "uniform", 1, 2, device="cpu")[0]
+    assert set(call.topk_ids.unique().tolist()) == {-1, 0, 1, 2, 3}
+
+
+def test_shapes() -> None:
+    assert shape_of("r1-tp8").inner == 256
+    custom = shape_of("experts=8,hidden=512,inner=96,top_k=2,group=32")
+    assert (custom.experts, custom.all_experts, custom.inner_group) == (8, 8, 32)
+    assert custom.name == "custom-8-512-96"
+    for words in ("r1-tp9", "experts=8", "experts=8,hidden=5,inner=3,top_k=x", "a=1,b"):
+        with pytest.raises(ValueError, match="is none of"):
+            shape_of(words)
+
+
+def test_gpu_words() -> None:
+    assert bench.gpu_word("NVIDIA H100 80GB HBM3") == "h100"
+    assert bench.gpu_word("NVIDIA H200") == "h200"
+    assert bench.gpu_word("NVIDIA L40S") == "l40s"
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)])
+def test_block_fp8(block: tuple[int, int]) -> None:
+    values = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
+    values[:64, :64] = 0
+    values[:64, 64:128] *= 1e-4
+    codes, scale = quantize_fp8_block(values, block)
+    assert codes.dtype == torch.float8_e4m3fn and scale.shape == (256 // block[0], 384 // block[1])
+    back = dequantize_fp8_block(codes, scale, block, torch.float32)
+    # Half a step of E4M3: 2⁻⁴ of the value, or half of the smallest subnormal.
+    per_value = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    bound = torch.maximum(values.abs() * 2.0**-4, per_value * 2.0**-10) * 1.0001
+    assert ((back - values).abs() <= bound).all()
+    blocks = codes.float().abs().view(256 // block[0], block[0], 384 // block[1], block[1])
+    largest = blocks.amax(dim=(1, 3))
+    assert ((largest == 448) | (largest == 0)).all()
+
+
+def test_offset_words() -> None:
+    from sglang_w4afp8.srt.peers.flashinfer import up_first
+    from sglang_w4afp8.srt.peers.marlin import gptq_words, offset_words
+
+    codes = torch.randint(-8, 8, (2, 6, 32), generator=torch.Generator().manual_seed(0))
+    words = offset_words(pack_int4(codes))
+    assert words.shape == (2, 6, 4) and words.dtype == torch.int32
+    nibbles = torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1).flatten(-2)
+    assert torch.equal(nibbles - 8, codes.int())
+    assert torch.equal(gptq_words(pack_int4(codes)), words.transpose(1, 2))
+    assert torch.equal(up_first(codes), codes[:, [3, 4, 5, 0, 1, 2]])
+
+
+def test_fp8_experts_are_the_dequantised_ones() -> None:
+    from sglang_w4afp8.reference import dequantize_int4
+    from sglang_w4afp8.srt.peers.fp8 import fp8_experts
+
+    g = torch.Generator().manual_seed(0)
+    packed = pack_int4(torch.randint(-7, 8, (2, 128, 256), generator=g))
+    scales = (torch.rand(2, 128, 2, generator=g) + 0.5).bfloat16()
+    weight, factors = fp8_experts(packed, scales, 128, 64)
+    assert factors.shape == (2, 2, 4)
+    wanted = dequantize_int4(packed, scales, 128, torch.float32)
+    found = dequantize_fp8_block(weight, factors, (64, 64), torch.float32)
+    relative = (found - wanted).norm() / wanted.norm()
+    assert 0.005 < relative < 0.04
+
+
+class _Peer:
+    """A provider that fails as told: a reason, an exception at some M, or wrong numbers."""
+
+    tolerance = 1e-2
+
+    def __init__(self, name: str, how: str = "") -> None:
+        self.name, self.how = name, how
+
+    def judged_by(self, scheme: ActivationScheme) -> ActivationScheme:
+        return scheme
+
+    def why_not(self, problem: Any) -> str | None:
+        return "not on this card" if self.how == "reason" else None
+
+    def prepare(self, *_: Any) -> Callable[..., torch.Tensor]:
+        if self.how == "prepare":
+            raise ImportError("no such  name\nin that library")
+
+        def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            if self.how == "run" and x.shape[0] == 4:
+                raise RuntimeError("M = 4 is not built")
+            out = x * 2
+            if self.how == "wrong":
+                out[0, 0] = float("nan")
+            return out
+
+        return run
+
+
+@pytest.fixture
+def measurement(monkeypatch: pytest.MonkeyPatch) -> bench_run.Measurement:
+    monkeypatch.setattr(bench_run, "random_weights", lambda *_: None)
+    monkeypatch.setattr(Shape, "problem", lambda *_: None)
+    monkeypatch.setattr(bench_run, "call_count", lambda *_: 2)
+    calls = bench_run.random_calls
+    monkeypatch.setattr(bench_run, "random_calls", lambda *a, **k: calls(*a, **k, device="cpu"))
+
+    def expected(_: object, call: Call, scheme: object) -> torch.Tensor:
+        return call.x.double() * 2
+
+    monkeypatch.setattr(bench_run, "oracle", expected)
+    monkeypatch.setattr(bench_run, "graph_times_us", lambda body, *_: [float(len(body()))] * 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    options = argparse.Namespace(
+        scheme="static", weight_sets=2, tokens=[1, 4], routing=["uniform"], replays=3,
+        peer_limit=None, check_only=False,
+    )  # fmt: skip
+    result = bench_run.Measurement(options, Ceilings(3000.0, 3000.0, 1500.0))
+    result.load(SMALL)
+    return result
+
+
+def test_rows(measurement: bench_run.Measurement) -> None:
+    rows: list[dict[str, Any]] = []
+    for provider in (_Peer("ours"), _Peer("humming-w4a8")):
+        measurement.provider(provider, rows)
+    assert [(row["provider"], row["m"]) for row in rows] == [
+        ("ours", 1), ("ours", 4), ("humming-w4a8", 1), ("humming-w4a8", 4),
+    ]  # fmt: skip
+    fields = {"us", "spread_us", "gb_s", "tflops", "roofline_us", "error", "max_error", "oracle"}
+    assert all(fields <= set(row) for row in rows)
+    assert "times_ours" not in rows[0] and rows[2]["times_ours"] == 1.0
+    assert rows[0]["gb_s"] == pytest.approx(rows[0]["weight_bytes"] / rows[0]["us"] / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("how", "reasons"),
+    [
+        ("reason", ["not on this card"]),
+        ("prepare", ["ImportError: no such name in that library"]),
+        ("run", [None, "RuntimeError: M = 4 is not built"]),
+    ],
+)
+def test_a_failing_peer_is_a_row(
+    measurement: bench_run.Measurement, how: str, reasons: list[str | None]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    measurement.provider(_Peer("marlin-w4a16", how), rows)
+    assert [row.get("reason") for row in rows] == reasons
+    assert all(bench_run.line(row) for row in rows)
+    measurement.provider(_Peer("next"), rows)
+    assert "us" in rows[-1]
+
+
+def test_wrong_numbers_are_not_timed(measurement: bench_run.Measurement) -> None:
+    rows: list[dict[str, Any]] = []
+    measurement.provider(_Peer("marlin-w4a16", "wrong"), rows)
+    assert [row["wrong"] for row in rows] == [True, True], "NaN must count as wrong"
+    assert not any("us" in row for row in rows)
+
+
+def test_a_lost_context_ends_the_run(
+    measurement: bench_run.Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(bench_run.ContextLost):
+        measurement.provider(_Peer("marlin-w4a16", "run"), rows)
+    assert rows[-1]["reason"].startswith("RuntimeError: M = 4")
+
+
+def test_a_slow_peer_is_given_up(
+    measurement: bench_run.Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement._options, "peer_limit", 0.05)
+
+    def endless(*_: object) -> list[float]:
+        while True:
+            pass
+
+    monkeypatch.setattr(bench_run, "graph_times_us", endless)
+    rows: list[dict[str, Any]] = []
+    measurement.provider(_Peer("marlin-w4a16"), rows)
+    assert "not done after" in rows[-1]["reason"]
+
+
+def test_picture_and_summary(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    common: dict[str, Any] = {"shape": "s", "routing": "uniform", "roofline_us": 2.0}
+    rows = [
+        common | {"provider": name, "m": m, "us": us * m}
+        for name, us in (("ours", 10.0), ("sglang-cutlass", 40.0))
+        for m in (1, 16)
+    ]
+    rows.append({"shape": "s", "provider": "marlin-w4a16", "reason": "no"})
+    result = {"device": "H100", "rows": rows}
+    lines = bench_plot.series(rows, "uniform")
+    assert lines == {
+        "ours": [(1, 10.0), (16, 160.0)],
+        "sglang-cutlass": [(1, 40.0), (16, 640.0)],
+        "roofline": [(1, 2.0), (16, 2.0)],
+    }
+    (tmp_path / "r.json").write_text(json.dumps(result))
+    assert bench.main(["plot", str(tmp_path / "r.json"), str(tmp_path / "r.png")]) == 0
+    picture = image.open(tmp_path / "r.png").convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert {bench_plot.COLOURS[name] for name in lines} <= colours
+    assert bench_plot.COLOURS["marlin-w4a16"] not in colours
+    assert "sglang-cutlass" in bench_plot.summary(rows)
