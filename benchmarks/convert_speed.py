@@ -85,7 +85,7 @@ def rounding(device: str, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for kind in ("fp8", "bf16"):
         data, scale = _matrix(kind, device)
-        for method, full_range in (("rtn", False), ("mse", False), ("mse", True)):
+        for method, symmetric in (("rtn", True), ("mse", False), ("mse", True)):
             times, cpu_times = [], []
             for repeat in range(repeats + 1):
                 if device.startswith("cuda"):
@@ -96,7 +96,7 @@ def rounding(device: str, repeats: int) -> list[dict[str, Any]]:
                     scale,
                     None if scale is None else (128, 128),
                     method=method,
-                    full_range=full_range,
+                    symmetric=symmetric,
                 )
                 if device.startswith("cuda"):
                     torch.cuda.synchronize()
@@ -107,7 +107,9 @@ def rounding(device: str, repeats: int) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "source": kind,
-                    "method": method + ("+full-range" if full_range else ""),
+                    "method": "mse --symmetric-range"
+                    if (method, symmetric) == ("mse", True)
+                    else method,
                     "device": device,
                     "mb_per_s_median": size / statistics.median(times) / 1e6,
                     "mb_per_s_best": size / min(times) / 1e6,

@@ -64,7 +64,7 @@ def inverse_factor(hessian: torch.Tensor, name: str = "hessian") -> torch.Tensor
 
 
 def quantize_gptq(
-    weight: torch.Tensor, factor: torch.Tensor, group_size: int, *, full_range: bool = False
+    weight: torch.Tensor, factor: torch.Tensor, group_size: int, *, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a matrix.
 
@@ -72,20 +72,20 @@ def quantize_gptq(
         weight: ``(N, K)`` float32; not changed.
         factor: ``(K, K)`` from :func:`inverse_factor`, on the same device.
         group_size: codes per scale along K.
-        full_range: allow negative scales and the code −8.
+        symmetric: codes −7…7 and positive scales only.
 
     Returns:
         codes ``(N, K/g, g)`` float32 holding integers, and scales ``(N, K/g)`` float32.
     """
     rows, columns = weight.shape
-    low = float(INT4_MIN if full_range else -INT4_MAX)
+    low = float(-INT4_MAX if symmetric else INT4_MIN)
     work = weight.clone()
     codes = torch.empty(rows, columns, device=weight.device)
     scales = torch.empty(rows, columns // group_size, device=weight.device)
     for group in range(columns // group_size):
         start, stop = group * group_size, (group + 1) * group_size
         part = work[:, start:stop]
-        _, scale = quantize_mse(part.unsqueeze(1), full_range=full_range)
+        _, scale = quantize_mse(part.unsqueeze(1), symmetric=symmetric)
         scales[:, group] = scale[:, 0]
         errors = torch.empty_like(part)
         for j in range(group_size):

@@ -5,10 +5,10 @@ error it leaves is ⟨w,w⟩ − ⟨w,q⟩²/⟨q,q⟩. So only the quotient ⟨
 grid of multipliers c: no candidate is ever dequantised. The winner's scale is rounded to BF16 and
 the codes are taken once more for exactly that scale.
 
-``full_range`` also lets the scale be negative and uses the code −8: the grid then has sixteen codes
-instead of fifteen and its long side faces the group's largest weight. That is worth about 0.8 dB,
-and it costs nothing in the format; kernels that store sign and magnitude have no −8, so it is a
-choice, not the default.
+The scale may be negative: the grid has sixteen codes, −8…7, and its long side faces the group's
+largest weight. With fifteen codes, −7…7, and a positive scale (``symmetric``), no choice of scales
+gains more than 1.0 dB over absmax / 7, for any of the distributions tried
+(``benchmarks/rounding_snr.py`` computes that bound); the sixteenth code is worth 0.8 dB more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sglang_w4afp8.quantize.rtn import round_scale
 # largest weights are clipped. 7 itself is included, so the search is never worse than rtn.
 # First multiplier and how many, _STEP apart.
 _STEP = 0.5
-_GRID = (6.5, 20)
-_FULL_GRID = (7.0, 18)
+_GRID = (7.0, 18)
+_SYMMETRIC_GRID = (6.5, 20)
 
 
 class Search(NamedTuple):
@@ -51,29 +51,29 @@ class Search(NamedTuple):
     high: float
 
 
-def plan_search(groups: torch.Tensor, *, full_range: bool = False) -> Search:
+def plan_search(groups: torch.Tensor, *, symmetric: bool = False) -> Search:
     """The candidates for ``(R, G, g)`` float32 groups."""
-    first, steps = _FULL_GRID if full_range else _GRID
+    first, steps = _SYMMETRIC_GRID if symmetric else _GRID
     amax = groups.abs().amax(dim=-1)
     unit = torch.where(amax > 0, amax, torch.ones_like(amax)).reciprocal_()
-    if full_range:
+    if not symmetric:
         # −8 is the only code without a mirror image: give it to the side of the largest weight.
         unit = torch.where(groups.amax(dim=-1) >= amax, -unit, unit)
-    low = float(INT4_MIN if full_range else -INT4_MAX)
+    low = float(-INT4_MAX if symmetric else INT4_MIN)
     return Search(unit, amax / INT4_MAX, first, _STEP, steps, low, float(INT4_MAX))
 
 
-def search_scales(groups: torch.Tensor, *, full_range: bool = False) -> torch.Tensor:
+def search_scales(groups: torch.Tensor, *, symmetric: bool = False) -> torch.Tensor:
     """The scale of least squared error of every group, among those the grid tries.
 
     Args:
         groups: ``(R, G, g)`` float32 weights; not changed.
-        full_range: allow negative scales and the code −8.
+        symmetric: codes −7…7 and positive scales only.
 
     Returns:
         ``(R, G)`` float32, not yet rounded to BF16.
     """
-    search = plan_search(groups, full_range=full_range)
+    search = plan_search(groups, symmetric=symmetric)
     if groups.is_cuda:
         from sglang_w4afp8.quantize.search_cuda import search_scales_cuda
 
@@ -96,19 +96,19 @@ def search_scales(groups: torch.Tensor, *, full_range: bool = False) -> torch.Te
 
 
 def quantize_mse(
-    groups: torch.Tensor, *, full_range: bool = False
+    groups: torch.Tensor, *, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise groups with searched scales.
 
     Args:
         groups: ``(R, G, g)`` float32 weights; not changed.
-        full_range: allow negative scales and the code −8.
+        symmetric: codes −7…7 and positive scales only.
 
     Returns:
         codes ``(R, G, g)`` float32 holding integers, and scales ``(R, G)`` float32, representable
-        in BF16 (negative ones only with ``full_range``).
+        in BF16 (negative ones not with ``symmetric``).
     """
-    scale = round_scale(search_scales(groups, full_range=full_range))
+    scale = round_scale(search_scales(groups, symmetric=symmetric))
     codes = groups * scale.reciprocal().unsqueeze(-1)
-    low = INT4_MIN if full_range else -INT4_MAX
+    low = -INT4_MAX if symmetric else INT4_MIN
     return codes.round_().clamp_(low, INT4_MAX), scale

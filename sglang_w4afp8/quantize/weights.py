@@ -102,7 +102,7 @@ def quantize_weight(
     *,
     method: str = "mse",
     group_size: int = 128,
-    full_range: bool = False,
+    symmetric: bool = False,
     factor: torch.Tensor | None = None,
     name: str = "weight",
 ) -> tuple[torch.Tensor, torch.Tensor, ErrorStats]:
@@ -115,7 +115,7 @@ def quantize_weight(
         block: ``(n, k)`` when ``scale`` is given.
         method: ``rtn``, ``mse`` or ``gptq``.
         group_size: codes per scale along K.
-        full_range: ``mse`` and ``gptq``: negative scales and the code −8.
+        symmetric: codes −7…7 and positive scales only; ``rtn`` always does so.
         factor: ``(K, K)`` from :func:`.gptq.inverse_factor`, for ``gptq``.
         name: for messages.
 
@@ -151,12 +151,12 @@ def quantize_weight(
         groups = float_rows(data, scale, block, start, stop).view(stop - start, -1, group_size)
         if factor is not None:
             codes, group_scale = quantize_gptq(
-                groups.flatten(1), factor, group_size, full_range=full_range
+                groups.flatten(1), factor, group_size, symmetric=symmetric
             )
         elif method == "rtn":
             codes, group_scale = quantize_rtn(groups)
         else:
-            codes, group_scale = quantize_mse(groups, full_range=full_range)
+            codes, group_scale = quantize_mse(groups, symmetric=symmetric)
         part = measure(groups, codes, group_scale)
         if not part.signal < float("inf"):
             raise _not_finite(name)

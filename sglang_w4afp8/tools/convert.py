@@ -98,7 +98,7 @@ def convert_checkpoint(
     device: str = "cpu",
     workers: int = 1,
     keep: Sequence[str] = (),
-    full_range: bool = False,
+    symmetric: bool = False,
     requantize: bool = False,
     hessians: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -118,7 +118,8 @@ def convert_checkpoint(
         device: ``cpu`` or ``cuda[:N]``, where rounding is computed.
         workers: processes, or threads with ``device="cuda"``; each holds a few expert matrices.
         keep: regular expressions searched in ``…layers.L.….experts``; matching layers stay.
-        full_range: ``mse`` and ``gptq``: negative scales and the code −8 (better by about 0.8 dB).
+        symmetric: codes −7…7 and positive scales only: about 0.8 dB worse, without the code that
+            kernels of the sign-and-magnitude kind have to treat separately. ``rtn`` always is.
         requantize: round 4-bit sources again (needed for AWQ, asymmetric or permuted GPTQ, MXFP4,
             and for coarser groups) instead of taking their codes over.
         hessians: directory of safetensors with second moments of the experts' inputs, for
@@ -141,12 +142,12 @@ def convert_checkpoint(
     scheme = activation
     if scheme is None:
         scheme = "static" if act_scales is not None or own_scales else "dynamic"
-    _check_options(method, group_size, scheme, act_scales, bool(own_scales), full_range)
+    _check_options(method, group_size, scheme, act_scales, bool(own_scales))
     options = ConvertOptions(
         method=method,
         group_size=group_size,
         activation=scheme,
-        full_range=full_range,
+        symmetric=symmetric,
         requantize=requantize,
         keep=tuple(keep),
         device_type=check_device(device),
@@ -224,7 +225,6 @@ def _check_options(
     activation: str,
     act_scales: object,
     has_own_scales: bool,
-    full_range: bool,
 ) -> None:
     if method not in METHODS:
         raise ConfigError(
@@ -253,12 +253,6 @@ def _check_options(
             "a dynamic checkpoint stores no input scales",
             ["drop --act-scales", "--activation static"],
         )
-    if full_range and method == "rtn":
-        raise ConfigError(
-            f"--full-range with --method {method}",
-            "absmax / 7 never makes the sixteenth code",
-            ["--method mse --full-range"],
-        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,9 +279,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the experts of matching layers as they are; may be repeated",
     )
     parser.add_argument(
-        "--full-range",
+        "--symmetric-range",
         action="store_true",
-        help="mse, gptq: negative scales and the code -8, about 0.8 dB better",
+        help="codes -7..7 and positive scales only: about 0.8 dB worse",
     )
     parser.add_argument(
         "--requantize",
@@ -314,7 +308,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         workers=args.workers,
         keep=args.keep,
-        full_range=args.full_range,
+        symmetric=args.symmetric_range,
         requantize=args.requantize,
         hessians=args.hessians,
         overwrite=args.overwrite,

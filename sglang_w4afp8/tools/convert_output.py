@@ -148,7 +148,7 @@ def manifest(plan: ConvertPlan, records: list[ShardRecord]) -> dict[str, Any]:
             "method": plan.options.method,
             "group_size": plan.group_size,
             "activation": plan.options.activation,
-            "full_range": plan.options.full_range,
+            "symmetric": plan.options.symmetric,
             "keep": list(plan.options.keep),
             "device": plan.options.device_type,
         },

@@ -37,7 +37,7 @@ class ConvertOptions:
         method: ``rtn``, ``mse`` or ``gptq``.
         group_size: codes per scale; None takes the source's own (INT4 sources) or 128.
         activation: ``static`` or ``dynamic``.
-        full_range: allow negative scales and the code −8 (``mse``).
+        symmetric: codes −7…7 and positive scales only; ``rtn`` always does so.
         requantize: round 4-bit sources again instead of taking their codes over.
         keep: regular expressions; a MoE layer whose ``…experts`` path matches is not quantised.
         device_type: ``cpu`` or ``cuda``; their float arithmetic may differ in the last bit.
@@ -46,7 +46,7 @@ class ConvertOptions:
     method: str = "mse"
     group_size: int | None = None
     activation: str = "dynamic"
-    full_range: bool = False
+    symmetric: bool = False
     requantize: bool = False
     keep: tuple[str, ...] = ()
     device_type: str = "cpu"
@@ -153,12 +153,13 @@ class ExpertTask:
             source.block,
             method=self.options.method,
             group_size=self.group_size,
-            full_range=self.options.full_range,
+            symmetric=self.options.symmetric,
             factor=None if self.moments is None else _factor(self.moments, device),
             name=self.key,
         )
-        # Rounding without full_range cannot make a −8; looking would cost time for nothing.
-        minus_eight = self.options.full_range and has_minus_eight(packed)
+        # Some methods cannot make a −8; looking for one would cost time for nothing.
+        symmetric = self.options.symmetric or self.options.method == "rtn"
+        minus_eight = not symmetric and has_minus_eight(packed)
         return _to_host(packed), _to_host(scale), stats, minus_eight
 
 

@@ -23,12 +23,12 @@ def heavy(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("full_range", [False, True])
-def test_the_kernel_finds_the_scales_of_the_loop(group: int, full_range: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_kernel_finds_the_scales_of_the_loop(group: int, symmetric: bool) -> None:
     groups = heavy(500, 7, group)
     groups[3, 2] = 0.0
-    expected = round_scale(search_scales(groups, full_range=full_range))
-    found = round_scale(search_scales(groups.cuda(), full_range=full_range)).cpu()
+    expected = round_scale(search_scales(groups, symmetric=symmetric))
+    found = round_scale(search_scales(groups.cuda(), symmetric=symmetric)).cpu()
     # Two candidates of almost equal error may change places, hence not all.
     assert (found == expected).double().mean() > 0.995
     assert torch.allclose(found, expected, rtol=0.2)

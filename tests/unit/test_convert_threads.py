@@ -23,13 +23,13 @@ from sglang_w4afp8.quantize.search_cuda import search_scales_cuda
 
 torch.manual_seed(0)
 for group in (32, 128):
-    for full_range in (False, True):
+    for symmetric in (False, True):
         groups = torch.randn(9, 5, group) ** 3
         groups[4, 2] = 0.0
-        expected = mse.search_scales(groups, full_range=full_range)
-        found = search_scales_cuda(groups, *mse.plan_search(groups, full_range=full_range))
+        expected = mse.search_scales(groups, symmetric=symmetric)
+        found = search_scales_cuda(groups, *mse.plan_search(groups, symmetric=symmetric))
         same = (round_scale(found) == round_scale(expected)).double().mean()
-        assert same == 1.0, (group, full_range, float(same))
+        assert same == 1.0, (group, symmetric, float(same))
 print("same scales")
 """
 

@@ -117,8 +117,9 @@ def test_result_has_the_format_and_the_reported_error(method, group_size, dtype)
     assert packed.dtype == torch.int8
     assert scales.shape == (96, 512 // group_size)
     assert scales.dtype == torch.bfloat16
-    assert (scales > 0).all()
-    assert not has_minus_eight(packed)
+    if method == "rtn":
+        assert (scales > 0).all()
+        assert not has_minus_eight(packed)
     value = dequantize_int4(packed, scales, group_size, torch.float64)
     truth = ErrorStats.compare(restored_source, value)
     assert stats.count == weight.numel()
@@ -144,16 +145,17 @@ def test_codes_are_those_of_the_rounded_scale(method):
     packed, scales, _ = quantize_weight(weight, method=method)
     exact = weight.double().view(64, 2, 128) / scales.double().unsqueeze(-1)
     codes = unpack_int4(packed, torch.float64).view(64, 2, 128)
-    inside = exact.abs() < 7
+    low = -7 if method == "rtn" else -8
+    inside = (exact > low) & (exact < 7)
     assert (exact - codes)[inside].abs().max() <= 0.5 + 1e-5
-    assert (codes.abs() == 7)[~inside].all()
+    assert ((codes == 7) | (codes == low))[~inside].all()
 
 
 def test_mse_never_loses_to_rtn_in_any_group():
     weight = student(5.0, 512, 128)
     groups = weight.view(512, 1, 128)
-    for full_range in (False, True):
-        codes, scale = quantize_mse(groups, full_range=full_range)
+    for symmetric in (False, True):
+        codes, scale = quantize_mse(groups, symmetric=symmetric)
         searched = (groups - codes * scale.unsqueeze(-1)).square().sum(-1)
         codes, scale = quantize_rtn(groups)
         plain = (groups - codes * scale.unsqueeze(-1)).square().sum(-1)
@@ -168,31 +170,38 @@ def test_searched_scales_gain_on_heavy_tails(freedom):
     for name, options in {
         "rtn": {"method": "rtn"},
         "mse": {"method": "mse"},
-        "full": {"method": "mse", "full_range": True},
+        "symmetric": {"method": "mse", "symmetric": True},
     }.items():
         packed, scales, _ = quantize_weight(weight, **options)
         results[name] = snr(weight, dequantize_int4(packed, scales, 128, torch.float32))
-    assert results["mse"] - results["rtn"] > 0.6
-    assert results["full"] - results["rtn"] > 1.5
+    assert results["mse"] - results["rtn"] > 1.5
+    # No choice of scales exceeds 1.0 dB with fifteen codes: see benchmarks/rounding_snr.py.
+    assert 0.6 < results["symmetric"] - results["rtn"] < 0.95
 
 
-def test_search_is_close_to_an_exhaustive_one():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_search_is_close_to_an_exhaustive_one(symmetric):
     weight = student(5.0, 64, 128)
     best = torch.full((64,), float("inf"))
+    low, signs = (-7, (1,)) if symmetric else (-8, (1, -1))
     for step in range(1, 2000):
-        scale = weight.abs().amax(-1, keepdim=True) * step / 2000 / 3
-        codes = (weight / scale).round().clamp(-7, 7)
-        best = torch.minimum(best, (weight - codes * scale).square().sum(-1))
-    codes, scale = quantize_mse(weight.view(64, 1, 128))
+        for sign in signs:
+            scale = weight.abs().amax(-1, keepdim=True) * sign * step / 2000 / 3
+            codes = (weight / scale).round().clamp(low, 7)
+            best = torch.minimum(best, (weight - codes * scale).square().sum(-1))
+    codes, scale = quantize_mse(weight.view(64, 1, 128), symmetric=symmetric)
     found = (weight.view(64, 1, 128) - codes * scale.unsqueeze(-1)).square().sum((-1, -2))
     assert 10 * torch.log10(found.sum() / best.sum()) < 0.05  # dB
 
 
-def test_full_range_uses_the_sixteenth_code():
-    packed, scales, _ = quantize_weight(student(5.0, 64, 256), full_range=True)
+def test_the_sixteenth_code_and_negative_scales():
+    packed, scales, _ = quantize_weight(student(5.0, 64, 256))
     assert has_minus_eight(packed)
     assert (scales < 0).any()
     assert (scales > 0).any()
+    packed, scales, _ = quantize_weight(student(5.0, 64, 256), symmetric=True)
+    assert not has_minus_eight(packed)
+    assert (scales > 0).all()
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
