@@ -69,7 +69,7 @@ def _measure(
         w = weights[number % 2]
         tensors = launch.Tensors(
             call.x, call.topk_weights, call.topk_ids, w.w13, w.w13_scale, w.w2, w.w2_scale,
-            w.w13_input_scale, w.w2_input_scale,
+            w.w13_input_scale, w.w2_input_scale, w.state,
         )  # fmt: skip
         outs.append(torch.full_like(call.x, float("nan")))
         work.append(launch.launches(layer, tensors, outs[-1], 1.0, path, tune))
@@ -111,7 +111,7 @@ def _weights(shape: bench_moe.Shape, scheme: ActivationScheme, seed: int) -> tup
         ready = bench_moe.private_copy(loaded)
         shuffle_in_place(ready.w13, ready.w13_scale, True, False)
         shuffle_in_place(ready.w2, ready.w2_scale, False, False)
-        _kept[key] = (loaded, ready)
+        _kept[key] = (loaded, ready.replaced(state=launch.new_counters(ready.w13.device)))
     return _kept[key]
 
 

@@ -114,6 +114,7 @@ def stage_order(case: Case, weights: MoEWeights) -> MoEWeights:
         w2=weights.w2.clone(),
         w13_scale=weights.w13_scale.clone(),
         w2_scale=weights.w2_scale.clone(),
+        state=launch.new_counters(weights.w13.device),
     )
     shuffle_in_place(copy.w13, copy.w13_scale, True, case.minus_eight)
     shuffle_in_place(copy.w2, copy.w2_scale, False, case.minus_eight)
@@ -140,6 +141,7 @@ def call(
         shuffled.w2_scale,
         shuffled.w13_input_scale,
         shuffled.w2_input_scale,
+        shuffled.state,
     )
     out = torch.full_like(x, float("nan"))
     launch.start(launch.launches(case.layer, tensors, out, factor, path), x.device)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_w4afp8.kernels.hopper.layout import StageShape, shuffle_in_place
+from sglang_w4afp8.kernels.hopper.layout import StageShape, pad_to_tiles, shuffle_in_place
+from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.packing import pack_int4, unpack_int4
+from sglang_w4afp8.reference import moe_reference
+from sglang_w4afp8.spec import ActivationScheme
 
 SHAPES = [
     # rows, K, group, gate and up
@@ -26,6 +29,9 @@ SHAPES = [
     (256, 192, 64, False),
     (256, 320, 64, False),
     (192, 512, 128, False),
+    (128, 384, 128, True),
+    (128, 384, 128, False),
+    (128, 384, 64, False),
 ]
 
 
@@ -44,10 +50,10 @@ def _decode(word: int, minus_eight: bool) -> tuple[list[int], list[int]]:
 
 
 def _read_expert(
-    data: torch.Tensor, rows: int, k: int, minus_eight: bool
+    data: torch.Tensor, rows: int, k: int, group: int, minus_eight: bool
 ) -> dict[tuple[int, int], list[int]]:
     """Rows of (row tile, row in tile) as the wgmmas of both warpgroups see them."""
-    shape = StageShape.of(rows, k)
+    shape = StageShape.of(rows, k, group)
     words = data.contiguous().view(torch.uint8).flatten().view(torch.int32).tolist()
     tile_bytes = shape.stage_k * 32
     seen: dict[tuple[int, int], list[int]] = {}
@@ -97,9 +103,9 @@ def test_kernel_reads_every_code_and_scale(
     wanted = scales.clone()
     shuffle_in_place(packed, scales, gate_up, minus_eight)
 
-    seen = _read_expert(packed[1], rows, k, minus_eight)
+    seen = _read_expert(packed[1], rows, k, group, minus_eight)
     assert len(seen) == rows
-    shape = StageShape.of(rows, k)
+    shape = StageShape.of(rows, k, group)
     found = {
         _checkpoint_row(tile, row, rows, gate_up, shape.tiles): line
         for (tile, row), line in seen.items()
@@ -127,7 +133,7 @@ def test_every_code_value_survives() -> None:
     packed = pack_int4(codes)[None].clone()
     scales = torch.ones(1, 64, 1, dtype=torch.bfloat16)
     shuffle_in_place(packed, scales, False, True)
-    seen = _read_expert(packed[0], 64, 64, True)
+    seen = _read_expert(packed[0], 64, 64, 64, True)
     assert all(line == codes[0].tolist() for line in seen.values())
 
 
@@ -141,26 +147,98 @@ def test_layout_moves_nibbles_within_an_expert_only() -> None:
 
 
 def test_stage_shapes() -> None:
-    # (rows, K) → columns of a stage, row tiles per warpgroup, stages along K
+    # (rows, K, group) → columns of a stage, row tiles per warpgroup, stages along K
     wanted = {
-        (512, 7168): (256, 1, 28),
-        (256, 7168): (256, 1, 28),
-        (128, 7168): (256, 1, 28),
-        (7168, 256): (256, 1, 1),
-        (7168, 128): (128, 2, 1),
-        (7168, 64): (64, 4, 1),
-        (7168, 192): (192, 1, 1),
-        (7168, 2048): (256, 1, 8),
-        (640, 64): (64, 2, 1),
-        (704, 64): (64, 1, 1),
+        (512, 7168, 128): (256, 1, 28),
+        (256, 7168, 128): (256, 1, 28),
+        (128, 7168, 32): (256, 1, 28),
+        (7168, 256, 128): (256, 1, 1),
+        (7168, 128, 128): (128, 2, 1),
+        (7168, 64, 64): (64, 4, 1),
+        (7168, 192, 64): (192, 1, 1),
+        (7168, 384, 64): (192, 1, 2),
+        (7168, 384, 128): (128, 1, 3),
+        (7168, 2048, 128): (256, 1, 8),
+        (640, 64, 32): (64, 2, 1),
+        (704, 64, 64): (64, 1, 1),
     }
-    for (rows, k), cut in wanted.items():
-        shape = StageShape.of(rows, k)
+    for (rows, k, group), cut in wanted.items():
+        shape = StageShape.of(rows, k, group)
         assert (shape.stage_k, shape.tiles, shape.stages_per_unit) == cut
         assert shape.stage_k * shape.tiles <= 256
+        assert shape.stage_k % group == 0
 
 
-@pytest.mark.parametrize(("rows", "k"), [(96, 64), (64, 96)])
-def test_sizes_off_the_grid_are_refused(rows: int, k: int) -> None:
-    with pytest.raises(ValueError, match="multiples of 64"):
-        StageShape.of(rows, k)
+@pytest.mark.parametrize(
+    ("rows", "k", "group", "reason"),
+    [
+        (96, 64, 32, "multiples of 64"),
+        (64, 96, 32, "multiples of 64"),
+        (64, 192, 128, "groups of 128"),
+    ],
+)
+def test_sizes_off_the_grid_are_refused(rows: int, k: int, group: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        StageShape.of(rows, k, group)
+
+
+def random_layer(experts: int, hidden: int, inner: int, group: int, w2_group: int) -> MoEWeights:
+    g = torch.Generator().manual_seed(hidden + inner)
+
+    def codes(rows: int, k: int) -> torch.Tensor:
+        return pack_int4(torch.randint(-8, 8, (experts, rows, k), generator=g))
+
+    return MoEWeights(
+        codes(2 * inner, hidden),
+        torch.rand(experts, 2 * inner, hidden // group, generator=g).bfloat16(),
+        codes(hidden, inner),
+        torch.rand(experts, hidden, inner // w2_group, generator=g).bfloat16(),
+        group,
+        w2_group,
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "group"), [(128, 96, 128), (128, 32, 64), (160, 64, 32), (224, 352, 32)]
+)
+def test_filling_up_changes_no_result(hidden: int, inner: int, group: int) -> None:
+    weights = random_layer(3, hidden, inner, group, min(32, inner))
+    filled = pad_to_tiles(weights)
+    wide, inner_filled = filled.w2.shape[1], filled.w2.shape[2] * 2
+    assert wide % 64 == inner_filled % 64 == 0
+    assert wide - hidden < 64 and inner_filled - inner < 64
+    assert filled.w13.shape == (3, 2 * inner_filled, wide // 2)
+    x = torch.randn(5, hidden, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 2], [1, 0], [2, 1], [-1, 1], [0, 1]])
+    route = torch.rand(5, 2, generator=torch.Generator().manual_seed(1))
+    for scheme in (ActivationScheme.NONE, ActivationScheme.DYNAMIC_PER_TOKEN):
+        wanted = moe_reference(x, weights, route, ids, scheme=scheme)
+        wide_x = torch.nn.functional.pad(x, (0, wide - hidden))
+        found = moe_reference(wide_x, filled, route, ids, scheme=scheme)
+        assert found[:, hidden:].abs().max() == 0 if wide > hidden else True
+        torch.testing.assert_close(found[:, :hidden], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_copied_that_fits() -> None:
+    weights = random_layer(2, 128, 64, 128, 64)
+    assert pad_to_tiles(weights) is weights
+
+
+def test_prepare_fills_up_and_shuffles() -> None:
+    """``HopperBackend.prepare`` on a CPU: what the kernels of a 96-column shard will read."""
+    from sglang_w4afp8.kernels.hopper.backend import HopperBackend
+    from sglang_w4afp8.layer import Device, MoEProblem
+    from sglang_w4afp8.sharding import AxisShard
+
+    columns = AxisShard.even(768, 128, 1, 8)
+    assert (columns.size, columns.local_group) == (96, 32)
+    problem = MoEProblem(2, 128, columns, 128, 2, ActivationScheme.STATIC, Device("cpu"))
+    weights = random_layer(2, 128, 96, 128, 32)
+    before = unpack_int4(weights.w2)
+    ready = HopperBackend().prepare(problem, weights)
+    assert ready.w2.shape == (2, 128, 64) and ready.w2_scale.shape == (2, 128, 4)
+    seen = _read_expert(ready.w2[1], 128, 128, 32, ready.w2.dtype is torch.uint8)
+    tiles = StageShape.of(128, 128, 32).tiles
+    for (tile, row), line in seen.items():
+        at = _checkpoint_row(tile, row, 128, False, tiles)
+        assert line == [*before[1, at].tolist(), *[0] * 32]

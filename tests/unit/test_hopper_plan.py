@@ -13,6 +13,7 @@ R1 = [
     Layer(256, 7168, 64, 128, 64, 8, True, False),
     Layer(32, 7168, 2048, 128, 128, 8, False, False),
     Layer(128, 4096, 192, 128, 64, 8, False, False),
+    Layer(128, 2048, 384, 128, 128, 8, False, True),
 ]
 
 
@@ -56,6 +57,18 @@ def test_owners_are_those_whose_runs_meet_the_unit(total: int, per_unit: int) ->
             assert (runs[cta][0] <= begin) == (cta == meet[0])
 
 
+@pytest.mark.parametrize("layer", R1, ids=str)
+def test_counters_are_enough(layer: Layer) -> None:
+    most = plan.most_tokens(layer, 132)
+    assert most >= 65_536
+    sizes = {1 << n for n in range(18)} | set(range(1, most, 997)) | {most}
+    for tokens in (size for size in sizes if size <= most):
+        for path in (None, "small", "medium", "large"):
+            chosen = plan.plan(layer, tokens, 132, path)
+            up = chosen.launches[0 if chosen.path == "small" else 1]
+            assert up.grid[0] * 2 + chosen.tiles <= plan.COUNTERS, tokens
+
+
 def test_every_kernel_of_a_plan_is_built_ahead() -> None:
     for layer in R1:
         ahead = set(plan.kernels(layer, 132))
@@ -68,9 +81,11 @@ def test_every_kernel_of_a_plan_is_built_ahead() -> None:
     [
         ((7168, 256, 256, 128, 128), None),
         ((7168, 64, 256, 128, 64), None),
-        ((7168, 96, 256, 128, 32), "intermediate size of this rank 96"),
+        ((7168, 96, 256, 128, 32), None),
+        ((2880, 384, 64, 32, 128), None),
+        ((7168, 48, 256, 128, 16), "intermediate size of this rank 48"),
+        ((7184, 64, 256, 16, 64), "hidden size 7184"),
         ((7168, 256, 600, 128, 128), "600 experts"),
-        ((7168, 192, 64, 128, 128), "w2 group of 128 does not divide"),
         ((7168, 256, 64, 16, 128), "group of 16"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.base import MoEProblem, MoEWeights
 from sglang_w4afp8.kernels.hopper import build, driver, launch, plan
-from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
+from sglang_w4afp8.kernels.hopper.layout import pad_to_tiles, shuffle_in_place
 from sglang_w4afp8.packing import has_minus_eight
 from sglang_w4afp8.spec import ActivationScheme
 
@@ -25,7 +25,7 @@ class HopperBackend:
     name = "hopper"
 
     def supports(self, problem: MoEProblem) -> str | None:
-        """Hopper, BF16, static or per-token scales, sizes in multiples of 64."""
+        """Hopper, BF16, static or per-token scales, sizes in multiples of 32."""
         if problem.device.type != "cuda" or problem.device.capability != (9, 0):
             return f"{problem.device.name} is not a Hopper GPU (compute capability 9.0)"
         if problem.dtype is not torch.bfloat16:
@@ -47,9 +47,12 @@ class HopperBackend:
     def prepare(self, problem: MoEProblem, weights: MoEWeights) -> MoEWeights:
         """Stage order, in the tensors' own storage, one expert at a time; builds the kernels.
 
+        Sizes that are no multiples of 64 need a copy, filled up.
+
         Raises:
             BackendError: group scales that BF16 cannot hold.
         """
+        weights = pad_to_tiles(weights)
         w13_scale, w2_scale = _as_bf16(weights.w13_scale), _as_bf16(weights.w2_scale)
         minus_eight = any(
             has_minus_eight(expert) for packed in (weights.w13, weights.w2) for expert in packed
@@ -58,18 +61,23 @@ class HopperBackend:
         shuffle_in_place(w13, w13_scale, True, minus_eight)
         shuffle_in_place(w2, w2_scale, False, minus_eight)
         dtype = torch.uint8 if minus_eight else torch.int8
+        counters = None
         if weights.w13.is_cuda:
+            counters = launch.new_counters(weights.w13.device)
             # A graph capture must find the kernels loaded.
             properties = torch.cuda.get_device_properties(weights.w13.device)
             sizes = _layer(w13, w2, w13_scale, w2_scale, problem.top_k or 8, minus_eight, False)
             needed = plan.kernels(sizes, properties.multi_processor_count)
             build.build_all(needed)
             with torch.cuda.device(weights.w13.device):
-                launch.counters(weights.w13.device)
                 for kernel in needed:
                     driver.function(weights.w13.device.index or 0, kernel)
         return weights.replaced(
-            w13=w13.view(dtype), w2=w2.view(dtype), w13_scale=w13_scale, w2_scale=w2_scale
+            w13=w13.view(dtype),
+            w2=w2.view(dtype),
+            w13_scale=w13_scale,
+            w2_scale=w2_scale,
+            state=counters,
         )
 
     def run(
@@ -83,8 +91,9 @@ class HopperBackend:
     ) -> torch.Tensor:
         """See :meth:`sglang_w4afp8.kernels.base.MoEBackend.run`."""
         static = problem.scheme is ActivationScheme.STATIC
-        return hopper_moe(
-            x,
+        filled = weights.hidden_size - x.shape[1]
+        out = hopper_moe(
+            torch.nn.functional.pad(x, (0, filled)) if filled else x,
             topk_weights,
             topk_ids,
             weights.w13,
@@ -93,8 +102,10 @@ class HopperBackend:
             weights.w2_scale,
             weights.w13_input_scale if static else None,
             weights.w2_input_scale if static else None,
+            weights.state,
             routed_scaling_factor,
         )
+        return out[:, : x.shape[1]].contiguous() if filled else out
 
 
 def _as_bf16(scale: torch.Tensor) -> torch.Tensor:
@@ -143,9 +154,13 @@ def hopper_moe(
     w2_scale: torch.Tensor,
     w13_input_scale: torch.Tensor | None,
     w2_input_scale: torch.Tensor | None,
+    counters: torch.Tensor,
     routed_scaling_factor: float,
 ) -> torch.Tensor:
     """One MoE layer; arguments as in :class:`sglang_w4afp8.kernels.hopper.launch.Tensors`.
+
+    ``counters`` is as it was when the op has run, so it is not declared as written: torch.compile
+    would have to copy it around.
 
     Returns:
         ``(M, hidden)`` bfloat16.
@@ -164,6 +179,7 @@ def hopper_moe(
         w2_scale,
         w13_input_scale,
         w2_input_scale,
+        counters,
     )
     with torch.cuda.device(x.device):
         return launch.run(layer, tensors, routed_scaling_factor)
@@ -180,6 +196,7 @@ def _(
     w2_scale: torch.Tensor,
     w13_input_scale: torch.Tensor | None,
     w2_input_scale: torch.Tensor | None,
+    counters: torch.Tensor,
     routed_scaling_factor: float,
 ) -> torch.Tensor:
     return torch.empty_like(x)

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sglang_w4afp8.kernels.hopper.driver import function
-from sglang_w4afp8.kernels.hopper.plan import Kernel, Launch, Layer, Plan, plan
+from sglang_w4afp8.kernels.hopper.plan import (
+    COUNTERS,
+    Kernel,
+    Launch,
+    Layer,
+    Plan,
+    most_tokens,
+    plan,
+)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -108,6 +116,7 @@ class Tensors:
         w2_scale: ``(E, hidden, N/inner_group)`` bfloat16 in stage order.
         w13_input_scale: ``(1,)`` float32, or None for per-token scales.
         w2_input_scale: likewise.
+        counters: what :func:`new_counters` made for this layer.
     """
 
     x: torch.Tensor
@@ -119,6 +128,7 @@ class Tensors:
     w2_scale: torch.Tensor
     w13_input_scale: torch.Tensor | None
     w2_input_scale: torch.Tensor | None
+    counters: torch.Tensor
 
 
 class _Workspace:
@@ -134,31 +144,23 @@ class _Workspace:
         self.at = {name: base + offset for name, offset in offsets.items()}
 
 
-_counters: dict[int, torch.Tensor] = {}
-_retired: list[torch.Tensor] = []
+def new_counters(device: torch.device) -> torch.Tensor:
+    """Zeros in which the kernels of one layer count arrivals, ``(COUNTERS,)`` int32.
 
-
-def counters(device: torch.device, count: int = 1 << 16) -> int:
-    """Address of at least ``count`` int32 zeros, one buffer per device.
-
-    Kernels count arrivals in it and leave it zero. Two layers must therefore not run at the same
-    time on two streams of a device. It must exist before a graph is captured, which a backend's
-    ``prepare`` sees to.
+    They leave it zero. A layer has its own, made when its weights are prepared, so that layers on
+    several streams do not meet; the calls of one layer must follow each other.
     """
-    index = device.index or 0
-    held = _counters.get(index)
-    if held is None or held.numel() < count:
-        assert not torch.cuda.is_current_stream_capturing(), "counters must exist before a capture"
-        if held is not None:
-            _retired.append(held)  # graphs may have captured its address
-        held = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
-        torch.cuda.current_stream(device).synchronize()
-        _counters[index] = held
-    return held.data_ptr()
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _counters(t: Tensors, up: Launch, chosen: Plan) -> int:
+    needed = up.grid[0] * 2 + chosen.tiles
+    assert needed <= t.counters.numel(), f"{needed} counters of {t.counters.numel()}"
+    return t.counters.data_ptr()
 
 
 def _partial_bytes(launch: Launch) -> int:
@@ -209,10 +211,20 @@ def start(
 
 
 def run(layer: Layer, t: Tensors, factor: float, path: str | None = None) -> torch.Tensor:
-    """The layer's output, ``(M, hidden)`` bfloat16; arguments as for :func:`launches`."""
+    """The layer's output, ``(M, hidden)`` bfloat16; arguments as for :func:`launches`.
+
+    More tokens than a call has counters for are worked off in several.
+    """
     out = torch.empty_like(t.x)
-    if t.x.shape[0]:
-        start(launches(layer, t, out, factor, path), t.x.device, first_depends=True)
+    device = t.x.device
+    most = most_tokens(layer, torch.cuda.get_device_properties(device).multi_processor_count)
+    if 0 < t.x.shape[0] <= most:
+        start(launches(layer, t, out, factor, path), device, first_depends=True)
+        return out
+    for first in range(0, t.x.shape[0], most):
+        rows = slice(first, first + most)
+        part = replace(t, x=t.x[rows], topk_weights=t.topk_weights[rows], topk_ids=t.topk_ids[rows])
+        start(launches(layer, part, out[rows], factor, path), device, first_depends=True)
     return out
 
 
@@ -230,7 +242,7 @@ def _small(
             "partial": _partial_bytes(up),
         },
     )
-    counts = counters(t.x.device, up.grid[0] * 2 + chosen.tiles)
+    counts = _counters(t, up, chosen)
     at = space.at
     batch = _Batch(
         t.topk_ids.data_ptr(),
@@ -277,7 +289,7 @@ def _large(
             "partial": _partial_bytes(up),
         },
     )
-    counts = counters(t.x.device, up.grid[0] * 2 + chosen.tiles)
+    counts = _counters(t, up, chosen)
     at = space.at
     lists = (at["header"], at["tile_expert"], at["columns"])
     join = _Join(at["partial"], counts, layer.up.stages_per_unit)

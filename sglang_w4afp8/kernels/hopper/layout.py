@@ -22,7 +22,8 @@ patterns 0…15 are the numbers 0…15 times 2⁻⁹, so one AND gives the E4M3 
 rotation by four and an AND that of y. −8 has no such code: with ``minus_eight`` a negative v is
 kept as −v − 1 and the kernel adds the one back.
 
-The order is a permutation of nibbles within one expert's projection; shapes and bytes stay.
+The order is a permutation of nibbles within one expert's projection; shapes and bytes stay. Sizes
+that are no multiples of 64 are filled up first (:func:`pad_to_tiles`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.packing import unpack_int4
 
 ROW_TILE = 64
@@ -54,15 +56,18 @@ class StageShape:
     tiles: int
 
     @classmethod
-    def of(cls, rows: int, k: int) -> StageShape:
-        """The cut for a projection of ``rows`` by ``k``.
+    def of(cls, rows: int, k: int, group: int) -> StageShape:
+        """The cut for a projection of ``rows`` by ``k`` with ``group`` codes per scale.
 
         Raises:
-            ValueError: a size is not a multiple of 64.
+            ValueError: a size is not a multiple of 64, or K no whole number of groups.
         """
         if rows % ROW_TILE or k % 64:
             raise ValueError(f"{rows} rows by {k} columns: both must be multiples of 64")
-        stage_k = next(size for size in STAGE_COLUMNS if k % size == 0)
+        if k % group:
+            raise ValueError(f"{k} columns are no whole groups of {group}")
+        # Stages end with a group: 384 columns in groups of 128 are three stages, not two of 192.
+        stage_k = next(size for size in STAGE_COLUMNS if k % size == 0 and size % group == 0)
         # Several row tiles share a stage only when each is complete within it: their sums need no
         # registers from one stage to the next. A warpgroup's tiles interleave, so it has all or
         # none of them.
@@ -153,6 +158,40 @@ def shuffle_expert_scales(scales: torch.Tensor, gate_up: bool, shape: StageShape
     return _stage_order(ordered, shape).view(rows, groups)
 
 
+def pad_to_tiles(weights: MoEWeights) -> MoEWeights:
+    """Fill hidden and intermediate size up to multiples of 64 with zero codes and zero scales.
+
+    Features of zero weights are SiLU(0)·0 = 0 and meet zero weights in w2; the added hidden columns
+    meet zeros in the input. Only K needs it (a stage has at least 64 columns), but a size is K of
+    one projection and rows of the other.
+
+    Args:
+        weights: in checkpoint order, sizes in multiples of 32 and of their groups.
+
+    Returns:
+        ``weights`` itself where nothing is to fill up, else a copy.
+    """
+    rows, half_hidden = weights.w13.shape[1:]
+    inner, hidden = rows // 2, half_hidden * 2
+    more_inner, more_hidden = -inner % 64, -hidden % 64
+    if not more_inner and not more_hidden:
+        return weights
+
+    def filled(tensor: torch.Tensor, more_rows: int, more_columns: int) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, more_columns, 0, more_rows))
+
+    def halves(tensor: torch.Tensor, more_columns: int) -> torch.Tensor:
+        gate_up = tensor.unflatten(1, (2, inner))
+        return filled(gate_up, more_inner, more_columns).flatten(1, 2)
+
+    return weights.replaced(
+        w13=halves(weights.w13, more_hidden // 2),
+        w13_scale=halves(weights.w13_scale, more_hidden // weights.w13_group_size),
+        w2=filled(weights.w2, more_hidden, more_inner // 2),
+        w2_scale=filled(weights.w2_scale, more_hidden, more_inner // weights.w2_group_size),
+    )
+
+
 def shuffle_in_place(
     packed: torch.Tensor, scales: torch.Tensor, gate_up: bool, minus_eight: bool
 ) -> None:
@@ -164,7 +203,8 @@ def shuffle_in_place(
         gate_up: as in :func:`shuffle_expert`.
         minus_eight: as in :func:`shuffle_expert`.
     """
-    shape = StageShape.of(packed.shape[1], packed.shape[2] * 2)
+    k = packed.shape[2] * 2
+    shape = StageShape.of(packed.shape[1], k, k // scales.shape[2])
     for expert in range(packed.shape[0]):
         words = shuffle_expert(packed[expert], gate_up, minus_eight, shape)
         packed[expert].copy_(words.view(torch.int8))

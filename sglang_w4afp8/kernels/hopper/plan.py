@@ -34,6 +34,8 @@ MAX_MEDIUM_TOKENS = 256
 MAX_MEDIUM_PAIRS = 2048
 MAX_EXPERTS = 512
 TILE_TOKENS = (8, 16, 32, 64)
+COUNTERS = 1 << 14
+"""int32 counters of a layer: two for each CTA of gate and up, one for each token tile or slot."""
 ROUTE_THREADS = 512
 COMBINE_THREADS = 128
 
@@ -65,12 +67,12 @@ class Layer:
     @property
     def up(self) -> StageShape:
         """Cut of w13."""
-        return StageShape.of(2 * self.inner, self.hidden)
+        return StageShape.of(2 * self.inner, self.hidden, self.group)
 
     @property
     def down(self) -> StageShape:
         """Cut of w2."""
-        return StageShape.of(self.hidden, self.inner)
+        return StageShape.of(self.hidden, self.inner, self.inner_group)
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,11 @@ def why_not(hidden: int, inner: int, experts: int, group: int, inner_group: int)
     if experts > MAX_EXPERTS:
         return f"{experts} experts on one rank (at most {MAX_EXPERTS})"
     for name, size in (("hidden size", hidden), ("intermediate size of this rank", inner)):
-        if size % 64:
-            return f"{name} {size} is not a multiple of 64"
-    for name, size, k in (("group", group, hidden), ("w2 group", inner_group, inner)):
+        if size % 32:
+            return f"{name} {size} is not a multiple of 32"
+    for name, size in (("group", group), ("w2 group", inner_group)):
         if size not in (32, 64, 128):
             return f"{name} of {size} (32, 64 and 128 are built)"
-        stage_k = StageShape.of(64, k).stage_k
-        if stage_k % size:
-            return f"{name} of {size} does not divide a stage of {stage_k} columns"
     return None
 
 
@@ -298,6 +297,15 @@ def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
     if path == "small" or (path is None and tokens <= SMALL_TOKENS):
         small = _small(layer, tokens, sms)
     return small or _large(layer, tokens, sms, path)
+
+
+def most_tokens(layer: Layer, sms: int) -> int:
+    """The largest M for which :data:`COUNTERS` are enough.
+
+    The widest tiles have 64 tokens, and every expert may end with one that is not full; narrower
+    ones are chosen only while there are fewer of them than experts.
+    """
+    return (COUNTERS - 4 * sms - 2 * layer.experts) * TILE_TOKENS[-1] // layer.top_k
 
 
 def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
