@@ -206,9 +206,12 @@ def call_count(shape: Shape, tokens: int) -> int:
 
 
 def errors(out: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
-    """``‖out − wanted‖ / ‖wanted‖`` and the largest difference over wanted's rms; NaN stays NaN."""
+    """``‖out − wanted‖ / ‖wanted‖`` and the largest difference over wanted's rms; NaN stays NaN.
+
+    Where nothing is wanted, as when all experts are on other ranks, anything but zero is an error.
+    """
     difference = out.double() - wanted
-    rms = wanted.square().mean().sqrt()
+    rms = wanted.square().mean().sqrt().clamp(min=1e-30)
     return float(difference.square().mean().sqrt() / rms), float(difference.abs().max() / rms)
 
 

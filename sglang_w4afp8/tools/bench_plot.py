@@ -58,8 +58,10 @@ def draw(result: Mapping[str, Any], path: Path, routing: str = "uniform") -> Non
     lines = series(timed, routing)
     tokens = sorted({m for points in lines.values() for m, _ in points})
     times = [us for points in lines.values() for _, us in points]
-    low = math.floor(math.log10(min(times)))
-    high = max(math.ceil(math.log10(max(times))), low + 1)
+    steps = [factor * 10.0**power for power in range(-2, 9) for factor in (1, 2, 5)]
+    bottom_us = max(step for step in steps if step <= min(times))
+    top_us = min(step for step in steps if step > max(times))
+    low, high = math.log10(bottom_us), math.log10(top_us)
     left, top, right, bottom = _MARGIN
     width, height = _SIZE[0] - left - right, _SIZE[1] - top - bottom
     first, last = math.log2(tokens[0]), math.log2(tokens[-1])
@@ -71,21 +73,18 @@ def draw(result: Mapping[str, Any], path: Path, routing: str = "uniform") -> Non
 
     image = Image.new("RGB", _SIZE, "white")
     pen = ImageDraw.Draw(image)
-    for exponent in range(low, high + 1):
-        for factor in (1, 2, 5):
-            us = factor * 10.0**exponent
-            if us <= 10.0**high:
-                y = at(tokens[0], us)[1]
-                pen.line([(left, y), (left + width, y)], (225, 225, 225))
-                pen.text((left - 45, y - 6), f"{us:g}", "black")
+    for us in (step for step in steps if bottom_us <= step <= top_us):
+        y = at(tokens[0], us)[1]
+        pen.line([(left, y), (left + width, y)], (225, 225, 225))
+        pen.text((left - 45, y - 6), f"{us:g}", "black")
     for m in tokens:
-        x = at(m, 10.0**low)[0]
+        x = at(m, bottom_us)[0]
         pen.line([(x, top), (x, top + height)], (225, 225, 225))
         pen.text((x - 8, top + height + 6), str(m), "black")
     for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS.get(name, (0, 0, 0))
         spots = [at(m, us) for m, us in points]
-        pen.line(spots, colour, 2 if name != "ours" else 3)
+        pen.line(spots, colour, 4 if name == "ours" else 2)
         for x, y in spots:
             pen.ellipse([(x - 3, y - 3), (x + 3, y + 3)], colour)
         y = top + 14 * number

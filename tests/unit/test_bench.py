@@ -46,6 +46,16 @@ def test_ids_of_other_ranks_are_minus_one() -> None:
     assert set(call.topk_ids.unique().tolist()) == {-1, 0, 1, 2, 3}
 
 
+def test_errors() -> None:
+    wanted = torch.tensor([3.0, 4.0, 0.0, 0.0], dtype=torch.float64)
+    found = bench_moe.errors(torch.tensor([3.0, 4.0, 0.0, 0.5]), wanted)
+    assert found == pytest.approx((0.1, 0.2))
+    nothing = torch.zeros(4, dtype=torch.float64)
+    assert bench_moe.errors(nothing.float(), nothing) == (0.0, 0.0)
+    assert bench_moe.errors(nothing.float() + 1e-9, nothing)[0] > 1
+    assert all(e != e for e in bench_moe.errors(torch.full((4,), float("nan")), wanted))
+
+
 def test_shapes() -> None:
     assert shape_of("r1-tp8").inner == 256
     custom = shape_of("experts=8,hidden=512,inner=96,top_k=2,group=32")

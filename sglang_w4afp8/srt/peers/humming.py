@@ -122,7 +122,9 @@ class HummingW4A8(_Humming):
 
     name = "humming-w4a8"
     activation = "float8e4m3"
-    tolerance = 2.5e-2  # gate and up are rounded to BF16 before the product, as in sglang-cutlass
+    # Gate and up are rounded to BF16 before the product, as in sglang-cutlass, and so is the
+    # product before it becomes FP8. One token is the worst: nothing averages out.
+    tolerance = 4e-2
 
     def judged_by(self, scheme: ActivationScheme) -> ActivationScheme:
         """It knows no static scale."""

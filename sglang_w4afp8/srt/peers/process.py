@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from functools import lru_cache
@@ -35,6 +36,7 @@ def enter_single_rank() -> None:
         backend="nccl" if torch.cuda.is_available() else "gloo",
     )
     initialize_model_parallel()
+    atexit.register(torch.distributed.destroy_process_group)
 
 
 def missing(module: str) -> str | None:
