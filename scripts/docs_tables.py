@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sglang_w4afp8 import env
 from sglang_w4afp8.hooks import HOOKS
@@ -62,15 +63,40 @@ def served_table() -> str:
     return "\n".join(lines)
 
 
+def moe_results() -> list[dict[str, Any]]:
+    """``benchmarks/results/moe-*.json``, the named shapes in the order of their numbers."""
+    files = (DOCS.parent / "benchmarks" / "results").glob("moe-*.json")
+    ordered = sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+    return [json.loads(path.read_text()) for path in ordered]
+
+
+def peers_table() -> str:
+    """Every kernel's microseconds in one run, and how many times ours that is."""
+    results = moe_results()
+    timed = [row for result in results for row in result["rows"] if row.get("us") is not None]
+    names = list(dict.fromkeys(row["provider"] for row in timed))
+    lines = [
+        "| Shape | Routing | M | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---|---|--:|" + "--:|" * len(names),
+    ]
+    cells: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in timed:
+        ratio = f" ({row['times_ours']:.1f}×)" if "times_ours" in row else ""
+        line = cells.setdefault((row["shape"], row["routing"], row["m"]), {})
+        line[row["provider"]] = f"{row['us']:.1f}{ratio}"
+    for (shape, routing, m), line in cells.items():
+        texts = " | ".join(line.get(name, "—") for name in names)
+        lines.append(f"| {shape} | {routing} | {m} | {texts} |")
+    return "\n".join(lines)
+
+
 def kernels_table() -> str:
     """Our kernels' rows of ``benchmarks/results/moe-*.json``."""
     lines = [
         "| Device | Shape | Routing | M | us | ± us | GB/s | TFLOPS | % of read |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    files = (DOCS.parent / "benchmarks" / "results").glob("moe-*.json")
-    for path in sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)]):
-        result = json.loads(path.read_text())
+    for result in moe_results():
         for row in result["rows"]:
             if row["provider"] != "ours" or row.get("us") is None:
                 continue
@@ -88,6 +114,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "support": ("../README.md", support_table),
     "served": ("../README.md", served_table),
     "kernels": ("kernels.md", kernels_table),
+    "peers": ("kernels.md", peers_table),
 }
 
 
