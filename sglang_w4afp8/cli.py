@@ -25,7 +25,7 @@ _KNOWN: dict[str, tuple[str, str]] = {
     "verify": ("verify", "compare a converted checkpoint with its source"),
     "evaluate": ("evaluate", "perplexity and KL of a served model against its source"),
     "bench": ("bench", "time the expert kernels on this machine"),
-    "launch": ("launch", "print the server command of every node"),
+    "launch": ("launch", "one server over one or many machines: its commands, or run it"),
 }
 # Finding a module's file imports nothing; a command whose module is not shipped is not offered.
 COMMANDS = {
@@ -73,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     parser = argparse.ArgumentParser(prog=f"sglang-w4afp8 {head.command}", description=text)
     module.add_arguments(parser)
-    args = parser.parse_args(words[1:])
+    own, passed_on = words[1:], []
+    if getattr(module, "PASSES_ON", False) and "--" in own:
+        cut = own.index("--")
+        own, passed_on = own[:cut], own[cut + 1 :]
+    args = parser.parse_args(own)
+    args.passed_on = passed_on
     try:
         return int(module.run(args))
     except W4AFp8Error as error:

@@ -222,7 +222,7 @@ def launch(
         server.ready_s = time.monotonic() - started
         yield server
     finally:
-        _stop(server.processes)
+        stop_groups(server.processes)
 
 
 def light_start(*models: str) -> dict[str, str]:
@@ -292,7 +292,7 @@ def _tail(log: Path) -> str:
     return "\n".join(lines[-_LOG_TAIL_LINES:])
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop_groups(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Kill every node's process group and remove the shared memory it leaves.
 
     SGLang leaves about 25 MB a server in /dev/shm, after an orderly end as well; containers often
