@@ -1,7 +1,8 @@
 """``sglang-w4afp8 doctor``: is this machine ready, and if not, which command cures it.
 
 Every row is ``[ok  ]``, ``[warn]`` or ``[FAIL]``; whatever is not ok names its cure. The probes are
-in :mod:`sglang_w4afp8.tools.doctor_probes`. Only the standard library is imported here and there at
+in ``doctor_probes`` (software) and ``doctor_machine``; ``doctor_cluster`` asks other nodes. Only
+the standard library is imported here and there at
 module level, and a probe that raises becomes a row, so the command works in the environments that
 need it most: broken ones.
 """
@@ -9,9 +10,12 @@ need it most: broken ones.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
@@ -38,6 +42,16 @@ Probe = Callable[[], Iterable[Row]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="also look at this checkpoint")
+    parser.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="ask all hosts of this file over ssh (one a line), and compare them",
+    )
+    parser.add_argument(
+        "--remote-python", metavar="PATH", help="interpreter on those hosts (default: this one)"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument(
         "--quick",
@@ -48,11 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Look, print, and tell: 0 if nothing failed, 1 otherwise."""
-    from sglang_w4afp8.tools import doctor_probes
+    from sglang_w4afp8.tools import doctor_cluster, doctor_machine, doctor_probes
 
     probes = [
         probe for probe in doctor_probes.PROBES if not (args.quick and probe in doctor_probes.SLOW)
     ]
+    if args.model is not None:
+        probes.append(functools.partial(doctor_machine.checkpoint, args.model))
+    if args.cluster is not None:
+        python = args.remote_python or doctor_cluster.default_python()
+        probes.append(
+            functools.partial(
+                doctor_cluster.check, args.cluster, args.model, python, quick=args.quick
+            )
+        )
     rows: list[Row] = []
     for probe in probes:
         found = run_probe(probe)
@@ -62,7 +85,11 @@ def run(args: argparse.Namespace) -> int:
                 print(render(row), flush=True)
     failed = [row for row in rows if row.status == FAIL]
     if args.json:
-        print(json.dumps({"ok": not failed, "rows": [asdict(row) for row in rows]}, indent=2))
+        told = {"ok": not failed, "rows": [asdict(row) for row in rows]}
+        told["facts"] = doctor_machine.facts(args.model)
+        # Last of all: whoever asked over ssh compares it with the moment the answer arrives.
+        told["clock"] = time.time()
+        print(json.dumps(told, indent=2))
     else:
         print(summary(rows))
     return 1 if failed else 0
@@ -87,7 +114,8 @@ def run_probe(probe: Probe) -> list[Row]:
 
 
 def _topic(probe: Probe) -> str:
-    return getattr(probe, "__name__", "probe").replace("_", " ")
+    inner = probe.func if isinstance(probe, functools.partial) else probe
+    return getattr(inner, "__name__", "probe").replace("_", " ")
 
 
 def render(row: Row) -> str:

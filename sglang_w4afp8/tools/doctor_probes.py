@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from sglang_w4afp8.tools import doctor_machine
 from sglang_w4afp8.tools.doctor import FAIL, OK, WARN, Probe, Row
 
 _GROUP = "sglang.srt.plugins"
@@ -330,6 +331,11 @@ PROBES: tuple[Probe, ...] = (
     kernels,
     shared_memory,
     limits,
+    doctor_machine.processes,
+    doctor_machine.interfaces,
+    doctor_machine.rdma,
+    doctor_machine.clock,
+    doctor_machine.disk,
     variables,
 )
 SLOW: frozenset[Probe] = frozenset((registration,))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,7 @@ both = pytest.mark.parametrize("nodes", ["namespaces", "loopback"], indirect=Tru
 def test_a_wrong_interface_is_told_before_anything_is_loaded(nodes: Nodes) -> None:
     started = time.monotonic()
     nodes.start(1, "org/model", "--iface", "eth77")
-    assert nodes.processes[1].wait(60) == 1
+    assert nodes.processes.pop(1).wait(60) == 1
     text = nodes.log(1).read_text()
     assert "'eth77' is no interface of this node" in text
     assert nodes.addresses[1] in text or nodes.interface == "lo"
@@ -203,8 +204,8 @@ def test_one_server_over_two_nodes(
         assert reply.logprobs == pytest.approx(reference.logprobs[prompt], abs=LIMIT, rel=0)
 
     text = [nodes.log(rank).read_text(errors="replace") for rank in range(2)]
+    assert re.search(r"sglang-w4afp8: \d+ MoE layers, tp=4, .* backend=torch", text[0])
     for rank, address in enumerate(nodes.addresses):
-        assert "sglang-w4afp8: 1 MoE layers, tp=4" in text[0] or "tp=4" in text[0]
         if nodes.namespaces:
             assert f"export SGLANG_HOST_IP={address}" in text[rank]
             assert f"export GLOO_SOCKET_IFNAME={('w4a', 'w4b')[rank]}" in text[rank]
