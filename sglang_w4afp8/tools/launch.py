@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(wanted: Wanted, place: Place, args: argparse.Namespace) -> None:
     """This node's command; every node's where this node's rank is not known."""
     address = None
-    if place.rank is not None:
+    if place.rank is not None and place.nnodes > 1:
         with suppress(OSError, HostError):  # printing is allowed where running is not
             address = _own_address(args.iface, place)
     ranks = range(place.nnodes) if place.rank is None else (place.rank,)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from sglang_w4afp8.testing import server as launcher  # noqa: E402
 
 pytestmark = [pytest.mark.sglang, pytest.mark.server]
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LIMIT = 1e-4  # natural-log probability, as for one node
 START_LIMIT_S = 400.0
 _CLONE_NEWNET = 0x40000000
@@ -182,7 +184,8 @@ def test_one_server_over_two_nodes(
 ) -> None:
     """A late node is waited for; the answers are the judge's; a killed node ends the other."""
     model, reference = checkpoint_of("deepseek"), reference_of("deepseek")
-    more = ("--", "--dtype", "float32")
+    # The tiny tokenizer has no chat template of its own.
+    more = ("--", "--dtype", "float32", "--chat-template", "chatml")
     nodes.start(0, model, *more)
     nodes.wait_for("waiting for node 1", 0, 60)
     time.sleep(1)
@@ -203,6 +206,8 @@ def test_one_server_over_two_nodes(
         assert reply.token_ids == reference.token_ids[prompt]
         assert reply.logprobs == pytest.approx(reference.logprobs[prompt], abs=LIMIT, rel=0)
 
+    check_clients(nodes, model, server.url)
+
     text = [nodes.log(rank).read_text(errors="replace") for rank in range(2)]
     assert re.search(r"sglang-w4afp8: \d+ MoE layers, tp=4, .* backend=torch", text[0])
     for rank, address in enumerate(nodes.addresses):
@@ -220,6 +225,46 @@ def test_one_server_over_two_nodes(
     assert "sglang-w4afp8 launch: node 1 (" in last
     assert "is gone: its connection closed" in last
     assert not _running(nodes), "a rank outlived its launcher"
+
+
+def check_clients(nodes: Nodes, model: Path, url: str) -> None:
+    """The examples' clients and benchmark, run on node 0."""
+
+    def run(*words: object, **variables: str) -> str:
+        done = subprocess.run(
+            [*nodes.prefixes[0], *map(str, words)],
+            cwd=nodes.folder,
+            env=os.environ | {"NO_PROXY": "*"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    out = run(sys.executable, EXAMPLES / "clients/chat.py", url)
+    asked = re.fullmatch(r"(.*)\n\((\d+) tokens in, (\d+) out\)\n(.*)\n", out, re.S)
+    assert asked, out
+    assert asked[1] == asked[4], "greedy: the stream says the same"
+    assert int(asked[3]) > 0
+    lines = run(EXAMPLES / "clients/requests.sh", url).strip().splitlines()
+    assert json.loads(lines[0])["choices"][0]["message"]["content"] == asked[1]
+    assert lines[-1] == "data: [DONE]"
+    assert len([line for line in lines if line.startswith("data: {")]) > 1
+
+    told = run(
+        EXAMPLES / "bench-serving.sh",
+        model,
+        url,
+        **{"DATASET": "random-ids", "PROMPTS": "3", "INPUT": "8", "OUTPUT_LEN": "4"},
+        **{"CONCURRENCY": "2", "OUTPUT": "bench.jsonl"},
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert "Serving Benchmark Result" in told
+    (result,) = (nodes.folder / "bench.jsonl").read_text().splitlines()
+    assert json.loads(result)["completed"] == 3
+    assert json.loads(result)["total_output_tokens"] == 12
 
 
 def _running(nodes: Nodes) -> list[str]:

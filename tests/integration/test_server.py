@@ -4,6 +4,7 @@ In float32 with unquantised activations, all that remains between the two is the
 additions: token ids must be equal and log-probabilities within 1e-4 (measured: 2e-5), at every TP
 degree, with and without a radix-cache hit, alone and in a batch. A server takes half a minute to
 a minute and a half to start, so each case has one, and all checks of the case run against it.
+Several nodes: ``test_multi_node.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ class Case:
         checkpoint: a name in conftest's ``SOURCES``.
         tp: tensor-parallel degree.
         ep: expert-parallel degree, which divides ``tp``.
-        nodes: over how many nodes (on one machine, over the loopback).
         dtype: ``--dtype``.
         activation: ``SGLANG_W4AFP8_ACTIVATION``; ``none`` is what a float judge can be held to.
         plain: start with all that a user's server imports, which takes a while longer.
@@ -47,13 +47,12 @@ class Case:
     checkpoint: str
     tp: int
     ep: int = 1
-    nodes: int = 1
     dtype: str = "float32"
     activation: str = "none"
     plain: bool = False
 
     def __str__(self) -> str:
-        extra = [f"ep{self.ep}"] * (self.ep > 1) + [f"{self.nodes}nodes"] * (self.nodes > 1)
+        extra = [f"ep{self.ep}"] * (self.ep > 1)
         extra += [self.dtype, self.activation] if self.dtype != "float32" else []
         return "-".join([self.checkpoint, f"tp{self.tp}", *extra])
 
@@ -64,7 +63,6 @@ EXACT = [
     Case("deepseek", tp=2),
     Case("deepseek", tp=4),
     Case("deepseek", tp=4, ep=4),
-    Case("deepseek", tp=2, nodes=2),
     Case("qwen-176", tp=8),
     Case("qwen-176", tp=4),  # 352 columns a rank: 2.75 groups
     Case("qwen", tp=4, ep=2),
@@ -118,7 +116,6 @@ def served(
             "SGLANG_W4AFP8_STRICT": "1",
             **({} if case.plain else launcher.light_start("deepseek_v2", "qwen3_moe")),
         },
-        nodes=[launcher.Node()] * case.nodes,
         timeout_s=600,
     ) as server:
         yield Served(case, server, reference)

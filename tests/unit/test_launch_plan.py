@@ -269,5 +269,7 @@ def test_printing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert node["rank"] == 1
     assert node["environment"]["GLOO_SOCKET_IFNAME"] == "lo"
     assert set(node["reasons"]) >= {"--tp-size", "--dist-init-addr", "GLOO_SOCKET_IFNAME"}
+    assert cli.main(["launch", model, "--tp", "8"]) == 0
+    assert "--nnodes" not in capsys.readouterr().out
     assert cli.main([*words, "--run"]) == 2
     assert "nothing says which this one is" in capsys.readouterr().err
