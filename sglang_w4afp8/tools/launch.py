@@ -26,7 +26,7 @@ from sglang_w4afp8 import __version__
 from sglang_w4afp8.errors import ConfigError, HostError
 from sglang_w4afp8.tools import launch_plan, launch_run, network
 from sglang_w4afp8.tools.console import print_json
-from sglang_w4afp8.tools.launch_link import Hello
+from sglang_w4afp8.tools.launch_link import Hello, News
 from sglang_w4afp8.tools.launch_place import Place, find_place
 from sglang_w4afp8.tools.launch_plan import NodeCommand, Wanted
 from sglang_w4afp8.tools.rendezvous import Leader, Member
@@ -195,7 +195,8 @@ def _run_with_others(
                 own = peers.gather(args.wait)
                 say("all nodes are here")
         except launch_run.Stopped as stop:
-            peers.end(f"{place.label(place.rank)} was stopped by signal {stop.signum}")
+            what = f"{place.label(place.rank)} was stopped by signal {stop.signum}"
+            peers.tell(News("gone", what))
             raise
         node = _node(wanted, place.rank, own.address, args.iface)
         return _serve(node, peers, signals, str(own), say)

@@ -14,6 +14,20 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class News:
+    """What the other nodes want of this one.
+
+    Attributes:
+        kind: ``gone``: a node is no more, end at once. ``stop``: a node was asked to stop, so
+            drain (node 0 hears this). ``stopped``: node 0 has drained, end.
+        why: in words for a log.
+    """
+
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Hello:
     """What a node says of itself.
 

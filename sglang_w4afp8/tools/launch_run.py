@@ -1,8 +1,10 @@
 """Runs one node's server between its launcher's signals and what the other nodes' launchers say.
 
-The server gets a process group of its own. A signal to the launcher goes to the server's main
-process, which drains and ends by itself; a second one kills the group. The group is killed at once
-when another node is gone: its ranks then wait in a collective that never ends.
+The server gets a process group of its own. Node 0 has the requests: a signal to its launcher goes
+to the server's main process, which drains and ends by itself. The other nodes' ranks are needed
+until then, so a signal to one of their launchers asks node 0 to drain, and their servers end when
+it has. A second signal kills the group at once, and so does the news that another node is gone:
+the ranks here would wait in a collective that never ends.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Protocol
 
 from sglang_w4afp8.errors import HostError
 from sglang_w4afp8.testing.server import stop_groups
+from sglang_w4afp8.tools.launch_link import News
 from sglang_w4afp8.tools.rendezvous import Say
 
 _POLL_S = 0.2
@@ -35,26 +38,33 @@ class Stopped(Exception):
 
 
 class Peers(Protocol):
-    """The other nodes, as :class:`~sglang_w4afp8.tools.rendezvous.Leader` and ``Member`` do it."""
+    """The other nodes, as :class:`~sglang_w4afp8.tools.rendezvous.Leader` and ``Member`` do it.
 
-    def poll(self, wait_s: float) -> str | None:
-        """Wait that long; the reason to end, or None."""
+    Attributes:
+        drains: whether this node has the requests; the others only compute.
+    """
 
-    def end(self, why: str) -> str:
-        """Tell the others to end."""
+    drains: bool
+
+    def poll(self, wait_s: float) -> News | None:
+        """Wait that long; what the others want, or None."""
+
+    def tell(self, news: News) -> None:
+        """Tell the others."""
 
 
 class Alone:
     """No other nodes."""
 
-    def poll(self, wait_s: float) -> str | None:
+    drains = True
+
+    def poll(self, wait_s: float) -> News | None:
         """Wait."""
         time.sleep(wait_s)
         return None
 
-    def end(self, why: str) -> str:
+    def tell(self, news: News) -> None:
         """Nobody to tell."""
-        return why
 
 
 class Signals:
@@ -102,7 +112,8 @@ def serve(
         say: prints a line.
 
     Returns:
-        The server's exit code; 128 + signal after a signal, as shells count.
+        The server's exit code; 128 + signal after a signal, as shells count; 0 when another node
+        was asked to stop.
 
     Raises:
         HostError: another node is gone; the server has been killed.
@@ -123,40 +134,62 @@ def serve(
 def _watch(
     server: subprocess.Popen[bytes], peers: Peers, signals: Signals, me: str, say: Say
 ) -> int:
-    forwarded = 0
+    handled, asked = 0, ""
     while server.poll() is None:
-        for number in signals.received[forwarded:]:
+        for number in signals.received[handled:]:
             name = signal.Signals(number).name
-            forwarded += 1
-            if forwarded > 1:
+            handled += 1
+            if handled > 1:
                 say(f"{name} again: killing the server")
-                peers.end(f"{me} was stopped by {name}")
+                peers.tell(News("gone", f"{me} was stopped by {name}"))
                 return 128 + number
-            say(f"{name}: passed on to the server; once more kills it")
-            server.send_signal(number)
-        gone = peers.poll(_POLL_S)
-        if gone and not signals.received:
-            raise HostError(
-                gone,
-                "the ranks of this node would wait for that node's ranks for ever, so this node's "
-                "server has been killed",
-                [
-                    "read the log of the node that is named",
-                    "sglang-w4afp8 doctor --cluster hosts.txt",
-                    "start all nodes again",
-                ],
-            )
-        if gone:
+            if peers.drains:
+                say(f"{name}: passed on to the server; once more kills it")
+                server.send_signal(number)
+            else:
+                say(f"{name}: node 0 is asked to drain; once more kills this node's server")
+                peers.tell(News("stop", f"{me} was stopped by {name}"))
+        news = peers.poll(_POLL_S)
+        if news is None:
+            continue
+        if news.kind == "stop":
+            if not (asked or signals.received):
+                asked = news.why
+                say(f"{asked}: passing SIGTERM on to the server of this node")
+                server.terminate()
+        elif signals.received:
+            say(news.why)
             break
+        elif news.kind == "stopped":
+            say(f"{news.why}: ending too")
+            return 0
+        else:
+            raise _without_a_node(news.why)
     if signals.received:
         number = signals.received[0]
-        peers.end(f"{me} was stopped by {signal.Signals(number).name}")
+        peers.tell(News("stopped", f"{me} was stopped by {signal.Signals(number).name}"))
         return 128 + number
+    if asked:
+        peers.tell(News("stopped", asked))
+        return 0
     code = server.returncode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     say(f"the server of this node ended with {how}; its last lines above say why")
-    peers.end(f"the server of {me} ended with {how}")
+    peers.tell(News("gone", f"the server of {me} ended with {how}"))
     return 128 - code if code < 0 else code
+
+
+def _without_a_node(why: str) -> HostError:
+    return HostError(
+        why,
+        "the ranks of this node would wait for that node's ranks for ever, so this node's server "
+        "has been killed",
+        [
+            "read the log of the node that is named",
+            "sglang-w4afp8 doctor --cluster hosts.txt",
+            "start all nodes again",
+        ],
+    )
 
 
 def _die_with_parent() -> None:

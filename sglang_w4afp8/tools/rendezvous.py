@@ -7,7 +7,8 @@ the server runs. One JSON object a line goes over it:
 * ``hello``: who the worker is and what it is about to start; node 0 compares it with its own.
 * ``waiting``: node 0 tells who is missing. ``go``: all are here, start.
 * ``beat``: still alive, both ways, every two seconds. A machine that loses power closes nothing.
-* ``end``: why everybody has to end, in words for a log. Node 0 passes it on.
+* ``gone``: why everybody has to end at once, in words for a log; node 0 passes it on. ``stop``: a
+  node was asked to stop, so node 0, where the requests are, drains; then it says ``stopped``.
 
 A star, because then only node 0's address has to be known. There is no authentication, as there is
 none in torch's own store next door: both belong into a private network.
@@ -25,7 +26,7 @@ from typing import Any
 
 from sglang_w4afp8.errors import HostError
 from sglang_w4afp8.tools import network
-from sglang_w4afp8.tools.launch_link import Hello, Link, Message
+from sglang_w4afp8.tools.launch_link import Hello, Link, Message, News
 from sglang_w4afp8.tools.launch_place import Place
 
 BEAT_S = 2.0
@@ -47,6 +48,8 @@ class Leader:
     Raises:
         HostError: the port is taken.
     """
+
+    drains = True
 
     def __init__(
         self, me: Hello, place: Place, port: int, say: Say, peer_timeout_s: float = 30.0
@@ -103,20 +106,24 @@ class Leader:
         self._send_all(go=True)
         return [self._me, *sorted(self._hellos(), key=lambda hello: hello.rank)]
 
-    def poll(self, wait_s: float) -> str | None:
-        """Pass the time; the reason to end, once there is one. It has been passed on then."""
-        for link, message in self._messages(wait_s):
-            if "end" in message:
-                self._links.remove(link)
-                return self.end(str(message["end"]))
+    def poll(self, wait_s: float) -> News | None:
+        """Pass the time; what the others want. That a node is gone has been passed on then."""
+        for _, message in self._messages(wait_s):
+            for kind in ("gone", "stop"):
+                if kind in message:
+                    news = News(kind, str(message[kind]))
+                    if kind == "gone":
+                        self.tell(news)
+                    return news
         for link, why in self._drop_dead():
-            return self.end(f"{link.hello} is gone: {why}")
+            news = News("gone", f"{link.hello} is gone: {why}")
+            self.tell(news)
+            return news
         return None
 
-    def end(self, why: str) -> str:
-        """Tell every node to end, and why."""
-        self._send_all(end=why)
-        return why
+    def tell(self, news: News) -> None:
+        """Tell every node."""
+        self._send_all(**{news.kind: news.why})
 
     def close(self) -> None:
         """Close everything."""
@@ -130,7 +137,7 @@ class Leader:
     def _too_late(self, limit_s: float) -> HostError:
         missing = ", ".join(self.missing)
         found = f"{missing} did not come within {limit_s:.0f} s"
-        self.end(f"{found}; the others were here")
+        self.tell(News("gone", f"{found}; the others were here"))
         return HostError(
             found,
             f"all {self._place.nnodes} nodes have to be there before the server starts",
@@ -157,7 +164,7 @@ class Leader:
         problem = self._problem(hello)
         if problem:
             found, ways = problem
-            self.end(found)
+            self.tell(News("gone", found))
             raise HostError(found, "the nodes would wait for each other or compute garbage", ways)
         self._say(f"{hello} is here")
 
@@ -237,6 +244,8 @@ class Member:
         port: node 0's port.
     """
 
+    drains = False
+
     def __init__(
         self,
         hello: Callable[[str], Hello],
@@ -280,23 +289,23 @@ class Member:
             ],
         )
 
-    def poll(self, wait_s: float) -> str | None:
-        """Pass the time; the reason to end, once there is one."""
+    def poll(self, wait_s: float) -> News | None:
+        """Pass the time; what node 0 says."""
         assert self._link is not None, "gather() comes first"
         try:
             for message in self._receive(self._link, wait_s):
-                if "end" in message:
-                    return str(message["end"])
+                for kind in ("gone", "stopped"):
+                    if kind in message:
+                        return News(kind, str(message[kind]))
         except OSError as error:
-            return f"node 0 ({self._master}) is gone: {error}"
+            return News("gone", f"node 0 ({self._master}) is gone: {error}")
         return None
 
-    def end(self, why: str) -> str:
+    def tell(self, news: News) -> None:
         """Tell node 0, which tells the others."""
         if self._link is not None:
             with suppress(OSError):
-                self._link.send(end=why)
-        return why
+                self._link.send(**{news.kind: news.why})
 
     def close(self) -> None:
         """Close the connection."""
@@ -320,9 +329,9 @@ class Member:
                 for message in self._receive(link, 0.2):
                     if "waiting" in message:
                         self._say(str(message["waiting"]))
-                    if "end" in message:
+                    if "gone" in message:
                         raise HostError(
-                            f"node 0 ends the start: {message['end']}",
+                            f"node 0 ends the start: {message['gone']}",
                             "a server needs all of its nodes",
                             ["see the log of node 0", "start all nodes again"],
                         )

@@ -174,10 +174,10 @@ def test_a_late_node_is_waited_for_by_name_and_a_signal_ends_all(nodes: Cluster)
             "NCCL_SOCKET_IFNAME": "=lo",
         }
     nodes.nodes[1].send_signal(signal.SIGTERM)
-    assert nodes.code(1) == 128 + signal.SIGTERM
-    assert "drained" in nodes.log(1).read_text(), "the signal was not passed on"
+    assert [nodes.code(rank) for rank in range(3)] == [0, 128 + signal.SIGTERM, 0]
+    drained = ["drained" in nodes.log(rank).read_text() for rank in range(3)]
+    assert drained == [True, False, False], "node 0 has the requests; it needs the others' ranks"
     for rank in (0, 2):
-        assert nodes.code(rank) == 1
         assert f"node 1 ({socket.gethostname()}, 127.0.0.1) was stopped by SIGTERM" in (
             nodes.log(rank).read_text()
         )
@@ -238,6 +238,19 @@ def test_a_machine_that_falls_silent_is_gone(nodes: Cluster) -> None:
     nodes.nodes[1].send_signal(signal.SIGSTOP)
     assert nodes.code(0) == 1
     assert "is gone: nothing heard from it for 2 s" in nodes.log(0).read_text()
+
+
+def test_a_signal_to_every_node_still_drains(nodes: Cluster) -> None:
+    """As Slurm and Kubernetes stop a job."""
+    nodes.start(0)
+    nodes.start(1)
+    server_of(nodes, 0)
+    server_of(nodes, 1)
+    for rank in (1, 0):
+        nodes.nodes[rank].send_signal(signal.SIGTERM)
+    assert [nodes.code(rank) for rank in range(2)] == [128 + signal.SIGTERM] * 2
+    assert "drained" in nodes.log(0).read_text()
+    assert "is gone" not in nodes.log(0).read_text() + nodes.log(1).read_text()
 
 
 def test_a_second_signal_kills_a_server_that_does_not_end(nodes: Cluster) -> None:
