@@ -67,6 +67,7 @@ class Nodes:
         command += ["--port", str(self.ports[0]), "--dist-port", str(self.ports[1])]
         environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         environ |= {"SGLANG_PLATFORM": "w4afp8_cpu", "SGLANG_W4AFP8_ACTIVATION": "none"}
+        environ |= launcher.light_start("deepseek_v2")
         with self.log(rank).open("wb") as sink:
             self.processes[rank] = subprocess.Popen(
                 [*command, *words],
@@ -185,7 +186,7 @@ def test_one_server_over_two_nodes(
     """A late node is waited for; the answers are the judge's; a killed node ends the other."""
     model, reference = checkpoint_of("deepseek"), reference_of("deepseek")
     # The tiny tokenizer has no chat template of its own.
-    more = ("--", "--dtype", "float32", "--chat-template", "chatml")
+    more = ("--", "--dtype", "float32", "--chat-template", "chatml", "--sleep-on-idle")
     nodes.start(0, model, *more)
     nodes.wait_for("waiting for node 1", 0, 60)
     time.sleep(1)
