@@ -14,6 +14,9 @@ import torch
 from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme
 
+# Triton's FP8 dot takes K in multiples of 32 and the block kernel wants one scale per K tile.
+_SMALLEST_KERNEL_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class Device:
@@ -39,6 +42,22 @@ class Device:
             torch.cuda.get_device_capability(device),
             torch.cuda.get_device_name(device),
         )
+
+    def keeps_fp8(self, name: str, block: tuple[int, int]) -> bool:
+        """Whether a linear that had to be re-blocked stays FP8 here.
+
+        SGLang's Triton block kernel takes it unless the card has no FP8 or a block is too small.
+        ``kv_b_proj`` never stays: MLA absorbs it (``deepseek_weight_loader.py``, SGLang 0.5.16 …
+        0.5.23) and would read its scales at the config's block, whatever their shape. What does
+        not stay is dequantised to the model's dtype at load.
+
+        Args:
+            name: the linear's name or the end of it.
+            block: side lengths of the re-blocked scales.
+        """
+        has_fp8 = self.type == "cuda" and self.capability >= (8, 9)
+        is_absorbed = name.endswith("kv_b_proj")
+        return has_fp8 and not is_absorbed and min(block) >= _SMALLEST_KERNEL_BLOCK
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ Both FP8 axes follow the same rule with ``group = block side``; a last block may
 (``ceil(n / block)`` scale rows), which the rule never notices.
 
 The caller's side: ``srt/loader.py`` copies what :class:`ExpertShard` names, ``srt/linear.py`` what
-:class:`AxisShard` names. Nobody else computes an offset.
+:class:`LinearShard` names, and ``plan`` prints both. Nobody else computes an offset.
 """
 
 from __future__ import annotations
@@ -111,6 +111,22 @@ class AxisShard:
         size = full_size // tp_size
         return cls(full_size, tp_rank * size, size, group)
 
+    @classmethod
+    def copied(cls, size: int, group: int, rank: int, ranks: int, copies: int) -> AxisShard:
+        """The rank's part when ``copies`` neighbouring ranks hold the same one.
+
+        Key and value heads are cut that way when there are fewer of them than ranks; with
+        ``copies`` = 1 it is :meth:`even`, for a size that is known to divide.
+
+        Args:
+            size: elements of one part.
+            group: elements per scale.
+            rank: 0 … ranks − 1.
+            ranks: how many ranks there are.
+            copies: ranks per part.
+        """
+        return cls(size * (ranks // copies), rank // copies * size, size, group)
+
     @property
     def stop(self) -> int:
         """One past the last element."""
@@ -131,6 +147,16 @@ class AxisShard:
     def is_aligned(self) -> bool:
         """Whether the cuts fall on group edges, so that scales divide along with the codes."""
         return self.local_group == self.group
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the axis is not cut at all; its last group may be ragged."""
+        return self.size == self.full_size
+
+    @property
+    def covering_columns(self) -> int:
+        """How many of the checkpoint's scale columns this shard needs."""
+        return self.aligned.size // self.group
 
     def regrouped(self, local_group: int) -> tuple[int, ...]:
         """:attr:`scale_columns` for a finer group that divides :attr:`local_group`."""
@@ -241,6 +267,48 @@ class ExpertShard:
     def w2_group_size(self) -> int:
         """Codes per scale in the rank's down projection."""
         return self.columns.local_group
+
+
+@dataclass(frozen=True)
+class LinearShard:
+    """One rank's part of a block-FP8 linear ``[N, K]`` and of its scales ``[N/block, K/block]``.
+
+    Attributes:
+        rows: the part of each logical output (gate and up; q, k and v), in order.
+        columns: the part of the input axis.
+    """
+
+    rows: tuple[AxisShard, ...]
+    columns: AxisShard
+
+    @property
+    def height(self) -> int:
+        """Rows of the rank's weight: all logical outputs together."""
+        return sum(shard.size for shard in self.rows)
+
+    @property
+    def divides(self) -> bool:
+        """Whether every cut falls on a block's edge, so that SGLang's own linear is right.
+
+        An axis that is not cut may end in a partial block; a merged output may not, because the
+        next one would begin inside it.
+        """
+        fits = all(shard.is_aligned or shard.is_whole for shard in (*self.rows, self.columns))
+        ragged = len(self.rows) > 1 and any(shard.size % shard.group for shard in self.rows)
+        return fits and not ragged
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Side lengths of the re-blocked scales: the finest block that no cut crosses."""
+        return common_local_block(self.rows), self.columns.local_group
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        """Shape of the rank's scales: the checkpoint's blocks where they divide, else its own."""
+        if self.divides:
+            heights = (-(-shard.size // shard.group) for shard in self.rows)
+            return sum(heights), -(-self.columns.size // self.columns.group)
+        return self.height // self.block[0], self.columns.size // self.block[1]
 
 
 def _regroup_ways(hidden_size: int, intermediate_size: int) -> list[str]:

@@ -22,14 +22,12 @@ from sglang.srt.utils import set_weight_attrs
 from torch.nn import Parameter
 
 from sglang_w4afp8.errors import CheckpointError, ConfigError
+from sglang_w4afp8.layer import Device
 from sglang_w4afp8.reference import dequantize_fp8_block
-from sglang_w4afp8.sharding import AxisShard, common_local_block
+from sglang_w4afp8.sharding import AxisShard, LinearShard
 
 if TYPE_CHECKING:
     from sglang_w4afp8.srt.config import ShardedW4AFp8Config
-
-# Triton's FP8 dot takes K in multiples of 32 and the block kernel wants one scale per K tile.
-_SMALLEST_KERNEL_BLOCK = 32
 
 
 class ShardedFp8LinearMethod(Fp8LinearMethod):
@@ -64,16 +62,14 @@ class ShardedFp8LinearMethod(Fp8LinearMethod):
         Raises:
             ConfigError: the layer is pre-sharded by its model in a way that has no scale rule.
         """
-        rows, columns = _plan(
+        shard = _plan(
             layer,
             input_size,
             input_size_per_partition,
             output_partition_sizes,
             tuple(self.quant_config.weight_block_size),
         )
-        if all(shard.is_aligned or _is_whole(shard) for shard in (*rows, columns)) and not (
-            len(rows) > 1 and any(shard.size % shard.group for shard in rows)
-        ):
+        if shard.divides:
             # Upstream picks its newer loader by the method's class name, which is not ours.
             extra_weight_attrs["weight_loader"] = getattr(
                 layer, "weight_loader_v2", extra_weight_attrs.get("weight_loader")
@@ -100,7 +96,7 @@ class ShardedFp8LinearMethod(Fp8LinearMethod):
         layer.input_size_per_partition = input_size_per_partition
         layer.output_size_per_partition = sum(output_partition_sizes)
         layer.orig_dtype = params_dtype
-        self.regrouped = RegroupedWeight(self.prefix, rows, columns)
+        self.regrouped = RegroupedWeight(self.prefix, shard)
         self.regrouped.register(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -116,7 +112,8 @@ class ShardedFp8LinearMethod(Fp8LinearMethod):
 
         if host.uses_weight_loaders():
             self.regrouped.check_complete()
-        if not self._runs_block_kernel(layer):
+        device = Device.of(layer.weight.device)
+        if not device.keeps_fp8(self.prefix, self.regrouped.block):
             # Weight-only: an FP8 value times its scale, rounded once to the model dtype.
             dense = dequantize_fp8_block(
                 layer.weight.data,
@@ -144,40 +141,31 @@ class ShardedFp8LinearMethod(Fp8LinearMethod):
             bias=bias,
         )
 
-    def _runs_block_kernel(self, layer: torch.nn.Module) -> bool:
-        """Whether SGLang's Triton block-FP8 kernel can take the local block on this device."""
-        if not layer.weight.is_cuda:
-            return False
-        fp8_hardware = torch.cuda.get_device_capability(layer.weight.device) >= (8, 9)
-        assert self.regrouped is not None
-        return fp8_hardware and min(self.regrouped.block) >= _SMALLEST_KERNEL_BLOCK
-
 
 class RegroupedWeight:
     """One rank's re-blocked FP8 weight: its shape, its loader, what has arrived.
 
     Args:
         prefix: the layer's name.
-        rows: this rank's part of each logical output (gate, up or q, k, v), in order.
-        columns: this rank's part of the input axis.
+        shard: this rank's part of each logical output and of the input axis.
     """
 
-    def __init__(self, prefix: str, rows: list[AxisShard], columns: AxisShard) -> None:
+    def __init__(self, prefix: str, shard: LinearShard) -> None:
         self.prefix = prefix
-        self.rows = rows
-        self.columns = columns
-        self.block = (common_local_block(rows), columns.local_group)
-        self._arrived = {"weight": [False] * len(rows), "weight_scale_inv": [False] * len(rows)}
+        self.shard = shard
+        self.rows = shard.rows
+        self.columns = shard.columns
+        self.block = shard.block
+        self._arrived = {
+            "weight": [False] * len(shard.rows),
+            "weight_scale_inv": [False] * len(shard.rows),
+        }
 
     def register(self, layer: torch.nn.Module) -> None:
         """Create ``weight`` and ``weight_scale_inv`` in ``layer``, with this object's loader."""
-        height = sum(shard.size for shard in self.rows)
-        weight = torch.empty(height, self.columns.size, dtype=torch.float8_e4m3fn)
-        scale = torch.full(
-            (height // self.block[0], self.columns.size // self.block[1]),
-            float("nan"),
-            dtype=torch.float32,
-        )
+        shape = (self.shard.height, self.columns.size)
+        weight = torch.empty(shape, dtype=torch.float8_e4m3fn)
+        scale = torch.full(self.shard.scale_shape, float("nan"), dtype=torch.float32)
         for name, tensor in (("weight", weight), ("weight_scale_inv", scale)):
             parameter = Parameter(tensor, requires_grad=False)
             set_weight_attrs(parameter, {"weight_loader": self.load, "regrouped_name": name})
@@ -281,18 +269,13 @@ def _extent(shard: AxisShard, is_scale: bool) -> int:
     return -(-shard.full_size // shard.group) if is_scale else shard.full_size
 
 
-def _is_whole(shard: AxisShard) -> bool:
-    """Whether the axis is not cut at all; its last block may be ragged."""
-    return shard.size == shard.full_size
-
-
 def _plan(
     layer: torch.nn.Module,
     input_size: int,
     input_size_per_partition: int,
     output_partition_sizes: list[int],
     block: tuple[int, int],
-) -> tuple[list[AxisShard], AxisShard]:
+) -> LinearShard:
     """This rank's part of each logical output and of the input axis of a parallel linear."""
     tp_rank, tp_size = _rank_and_size(layer, "tp_group")
     if input_size_per_partition == input_size:
@@ -311,11 +294,10 @@ def _plan(
             # by another group than q (SGLang 0.5.23).
             kv_rank, kv_size = _rank_and_size(layer, "kv_tp_group", default=(tp_rank, tp_size))
             copies = layer.num_kv_head_replicas
-            start, full = kv_rank // copies * size, size * (kv_size // copies)
+            rows.append(AxisShard.copied(size, block[0], kv_rank, kv_size, copies))
         else:
-            start, full = tp_rank * size, size * tp_size
-        rows.append(AxisShard(full, start, size, block[0]))
-    return rows, columns
+            rows.append(AxisShard.copied(size, block[0], tp_rank, tp_size, 1))
+    return LinearShard(tuple(rows), columns)
 
 
 def _rank_and_size(

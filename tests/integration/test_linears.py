@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("sglang")
 
 from sglang_w4afp8.errors import CheckpointError
+from sglang_w4afp8.layer import Device
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.testing import cases
 
@@ -108,6 +109,29 @@ def test_qkv_of_unaligned_heads(tp: int) -> None:
         ):
             whole = cases.fp8_dense(tensors, f"a.{module}")[start : start + rows]
             torch.testing.assert_close(part.double(), x.double() @ whole.T, rtol=1e-5, atol=1e-4)
+
+
+def test_absorbed_projection_is_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLM-5's kv_b_proj at tp 64: one head of 448 rows = 3.5 blocks. See ``Device.keeps_fp8``."""
+    from sglang.srt.layers.linear import ColumnParallelLinear
+
+    from sglang_w4afp8.srt.virtual_ranks import load_linear, virtual_rank
+
+    hopper = Device("cuda", (9, 0), "H100")
+    monkeypatch.setattr(Device, "of", classmethod(lambda cls, device: hopper))
+    for name in ("a.kv_b_proj", "a.q_b_proj"):
+        tensors = cases.fp8_linear_tensors(name, 2 * 448, HIDDEN, seed=5)
+        with virtual_rank(1, 2):
+            layer = ColumnParallelLinear(
+                HIDDEN, 2 * 448, bias=False, quant_config=config(), prefix=name,
+                params_dtype=torch.float32,
+            )  # fmt: skip
+            load_linear(layer, name, tensors)
+        assert layer.quant_method.regrouped.block == (64, 128)
+        if name == "a.q_b_proj":
+            assert layer.weight.dtype == torch.float8_e4m3fn
+        else:
+            assert torch.equal(layer.weight, cases.fp8_dense(tensors, name)[448:].float())
 
 
 def test_linear_refusals() -> None:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from sglang_w4afp8.errors import ShardError
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.reference import dequantize_fp8_block, dequantize_int4
-from sglang_w4afp8.sharding import AxisShard, ExpertShard, common_local_block, nearest_divisors
+from sglang_w4afp8.sharding import (
+    AxisShard,
+    ExpertShard,
+    LinearShard,
+    common_local_block,
+    nearest_divisors,
+)
 
 GROUPS = st.sampled_from([32, 64, 128])
 
@@ -142,6 +148,39 @@ def test_regrouping_and_common_block() -> None:
     with pytest.raises(ShardError):
         shard.regrouped(128)
     assert common_local_block([shard, AxisShard.even(96, 128, 0, 1)]) == 32
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tp", "divides", "scale_shape"),
+    [
+        ((18432, 18432), 7168, 32, False, (18, 56)),  # R1's gate and up: 2 × 576 rows in 64s
+        ((18432, 18432), 7168, 16, True, (18, 56)),  # 2 × 1152 rows in 128s
+        ((1600,), 256, 2, False, (25, 2)),  # 800 = 6.25 blocks: 32 rows each
+        ((2112,), 256, 1, True, (17, 2)),  # uncut, ragged end
+        ((1536, 576), 256, 1, False, (33, 2)),  # uncut, but the second would begin inside a block
+    ],
+)
+def test_linear_shards(
+    rows: tuple[int, ...],
+    columns: int,
+    tp: int,
+    divides: bool,
+    scale_shape: tuple[int, int],
+) -> None:
+    for rank in (0, tp - 1):
+        parts = tuple(AxisShard.even(n, 128, rank, tp) for n in rows)
+        shard = LinearShard(parts, AxisShard.even(columns, 128, 0, 1))
+        assert shard.divides is divides
+        assert shard.height == sum(rows) // tp
+        assert shard.scale_shape == scale_shape
+
+
+def test_copied_parts() -> None:
+    """4 key heads of 128 over 8 ranks: neighbours hold the same one."""
+    starts = [AxisShard.copied(128, 128, rank, 8, 2).start for rank in range(8)]
+    assert starts == [0, 0, 128, 128, 256, 256, 384, 384]
+    assert AxisShard.copied(128, 128, 7, 8, 2).full_size == 512
+    assert AxisShard.copied(192, 128, 3, 8, 1) == AxisShard.even(1536, 128, 3, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,386 @@
+"""A model as ``plan`` sees it: its matrices, which axis of each is cut, and in what format it is.
+
+Everything follows from config.json. The layers are those of SGLang's model files (0.5.16 … 0.5.23,
+``deepseek_v2.py``, ``glm4_moe.py``, ``qwen3_moe.py``): the fused linears, what is cut by rows or
+columns and what every rank holds whole. Norms, biases and scales of one number are not counted;
+they are below a thousandth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sglang_w4afp8.checkpoint.names import mtp_layers, text_config
+from sglang_w4afp8.errors import ConfigError, ShardError
+from sglang_w4afp8.sharding import AxisShard, ExpertShard, LinearShard, nearest_divisors
+from sglang_w4afp8.spec import QuantSpec
+from sglang_w4afp8.tools.source_tensors import quant_section
+
+KNOWN_TYPES = {
+    "deepseek_v2": "MLA",
+    "deepseek_v3": "MLA",
+    "deepseek_v32": "MLA",
+    "kimi_k2": "MLA",
+    "glm_moe_dsa": "MLA",
+    "glm4_moe": "GQA",
+    "qwen3_moe": "GQA",
+}
+VOCAB_PADDING = 64
+"""SGLang pads the vocabulary to a multiple of this (``vocab_parallel_embedding.py``)."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear outside the experts, as SGLang builds it, in every layer that has it.
+
+    Attributes:
+        path: name below ``model.layers.N``.
+        kind: class of tensor for the table.
+        rows: size of each logical output (gate and up; q, k, v).
+        columns: input size.
+        cut: ``rows``, ``columns`` or ``none`` (every rank holds all of it).
+        parts: checkpoint names of the outputs, last component.
+        layers: indices of the layers that have it.
+        fp8: how many of them are block FP8; the others are BF16.
+        kv_heads: of a qkv projection: key heads, which ranks share when they are fewer.
+    """
+
+    path: str
+    kind: str
+    rows: tuple[int, ...]
+    columns: int
+    cut: str
+    parts: tuple[str, ...]
+    layers: range
+    fp8: int
+    kv_heads: int = 0
+
+    def shard(self, rank: int, tp: int, block: tuple[int, int]) -> LinearShard:
+        """A rank's part.
+
+        Args:
+            rank: 0 … tp − 1.
+            tp: ranks that cut it.
+            block: FP8 block, or any block for a BF16 linear.
+
+        Raises:
+            ShardError: a size does not divide.
+        """
+        ranks = 1 if self.cut == "none" else tp
+        rank = 0 if self.cut == "none" else rank
+        columns = AxisShard.even(
+            self.columns, block[1], rank if self.cut == "columns" else 0,
+            ranks if self.cut == "columns" else 1, self.path,
+        )  # fmt: skip
+        rows = []
+        for index, size in enumerate(self.rows):
+            if self.cut != "rows":
+                rows.append(AxisShard(size, 0, size, block[0]))
+            elif index > 0 and self.kv_heads and self.kv_heads < tp:
+                head, copies = size // self.kv_heads, tp // self.kv_heads
+                rows.append(AxisShard.copied(head, block[0], rank, tp, copies))
+            else:
+                rows.append(AxisShard.even(size, block[0], rank, ranks, self.path))
+        return LinearShard(tuple(rows), columns)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ``plan`` needs of a config.json.
+
+    Attributes:
+        name: as asked for.
+        source: where the config came from.
+        model_type: config.json's.
+        attention: ``MLA`` or ``GQA``.
+        hidden: hidden size.
+        layers: decoder layers, MTP layers not among them.
+        mtp: MTP layers.
+        heads: query heads.
+        kv_heads: key heads (GQA).
+        kv_width: elements of one token's cache in one layer: the latent and its rotary part (MLA),
+            or key and value of one head (GQA).
+        index_head_dim: width of the sparse-attention indexer's keys, 0 without one.
+        absorbed_rows: rows of ``kv_b_proj``, which MLA keeps a second time, in BF16.
+        vocab: vocabulary.
+        tied: whether embedding and lm_head are one tensor.
+        context: longest context.
+        experts: routed experts of a layer.
+        top_k: of them chosen per token.
+        expert_width: intermediate size of one.
+        moe_layers: layers with experts.
+        linears: everything else that is quantised or large.
+        spec: the quantization config.
+        states_block: whether config.json itself names a ``weight_block_size``.
+        is_w4afp8: whether it is a W4AFP8 checkpoint already.
+        notes: what a reader should know.
+        problems: what would keep the checkpoint from loading.
+    """
+
+    name: str
+    source: str
+    model_type: str
+    attention: str
+    hidden: int
+    layers: int
+    mtp: int
+    heads: int
+    kv_heads: int
+    kv_width: int
+    index_head_dim: int
+    absorbed_rows: int
+    vocab: int
+    tied: bool
+    context: int
+    experts: int
+    top_k: int
+    expert_width: int
+    moe_layers: range
+    linears: tuple[Linear, ...]
+    spec: QuantSpec
+    states_block: bool
+    is_w4afp8: bool = True
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """FP8 block of the linears; what BF16 linears are given, too, has no effect."""
+        return self.spec.weight_block_size or (128, 128)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts."""
+        return len(self.moe_layers) * self.experts * 3 * self.hidden * self.expert_width
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model without MTP; DeepSeek-R1: 671 billion."""
+        linears = sum(sum(x.rows) * x.columns * len(x.layers) for x in self.linears)
+        ends = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.expert_parameters + linears + ends + self.router_parameters
+
+    @property
+    def router_parameters(self) -> int:
+        """Weights of the gates, BF16 and whole on every rank."""
+        return len(self.moe_layers) * self.experts * self.hidden
+
+    def check(self, tp: int, ep: int = 1) -> None:
+        """Raise if SGLang and this package cannot cut the model that way.
+
+        Raises:
+            ShardError: with the nearest degrees that work.
+        """
+        if ep < 1 or tp % ep:
+            raise ShardError(
+                f"--tp {tp} --ep {ep}",
+                "the ranks of one expert-parallel group must divide the tensor-parallel ones",
+                [f"--ep {d}" for d in nearest_divisors(tp, max(1, ep))],
+            )
+        if self.experts % ep or tp > self.experts:
+            raise ShardError(
+                f"{self.experts} experts at --tp {tp} --ep {ep}",
+                "SGLang wants whole experts in every expert-parallel group and no more ranks than "
+                "experts",
+                [f"--ep {d}" for d in nearest_divisors(self.experts, ep)] if self.experts % ep
+                else [f"--tp {self.experts}"],
+            )  # fmt: skip
+        for what, count in (("num_attention_heads", self.heads), ("padded vocabulary", self._pad)):
+            if count % tp:
+                raise ShardError(
+                    f"{what} {count} over {tp} tensor-parallel ranks",
+                    f"{count} / {tp} = {count / tp:.2f} is not a whole number",
+                    [f"--tp {d}" for d in nearest_divisors(count, tp)],
+                )
+        if self.attention == "GQA" and self.kv_heads % tp and tp % self.kv_heads:
+            raise ShardError(
+                f"num_key_value_heads {self.kv_heads} over {tp} tensor-parallel ranks",
+                "one number must divide the other: heads are either cut or copied",
+                [f"--tp {d}" for d in nearest_divisors(self.heads, tp)],
+            )
+        ExpertShard.plan(
+            self.hidden, self.expert_width, self.spec.group_size, 0, tp // ep, "routed experts"
+        )
+        for linear in self.linears:
+            linear.shard(0, tp, self.block)
+
+    def degrees(self, ep: int = 1, largest: int = 512) -> list[int]:
+        """Every tensor-parallel degree up to ``largest`` that :meth:`check` lets pass."""
+        found = []
+        for tp in range(1, largest + 1):
+            try:
+                self.check(tp, ep)
+            except ShardError:
+                continue
+            found.append(tp)
+        return found
+
+    @property
+    def _pad(self) -> int:
+        return -(-self.vocab // VOCAB_PADDING) * VOCAB_PADDING
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding as SGLang allocates it."""
+        return self._pad
+
+
+def model_from_config(name: str, source: str, config: Mapping[str, Any]) -> Model:
+    """Read a config.json.
+
+    Raises:
+        ConfigError: the architecture is none whose layers are known here, or a key is missing.
+    """
+    text = text_config(config)
+    kind = text.get("model_type", config.get("model_type"))
+    if kind not in KNOWN_TYPES:
+        raise ConfigError(
+            f"{source}: model_type {kind!r}",
+            f"plan knows the layers of {', '.join(KNOWN_TYPES)}",
+            [
+                "python -m sglang_w4afp8.srt.shard_check MODEL --tp 8 16 32  loads any W4AFP8 "
+                "checkpoint's experts and MLPs as every rank",
+                "sglang-w4afp8 inspect MODEL  shows its tensors",
+            ],
+        )
+    try:
+        return _build(name, source, config, text, KNOWN_TYPES[kind])
+    except KeyError as error:
+        raise ConfigError(
+            f"{source}: no {error.args[0]}",
+            f"a model of type {kind} is described by it",
+            ["download config.json again"],
+        ) from None
+
+
+def _build(
+    name: str, source: str, config: Mapping[str, Any], text: Mapping[str, Any], attention: str
+) -> Model:
+    spec, states_block, is_w4afp8, notes = _quantization(dict(config), source)
+    layers = int(text["num_hidden_layers"])
+    experts = int(text["num_experts" if "num_experts" in text else "n_routed_experts"])
+    dense = int(text.get("first_k_dense_replace", 0))
+    if text.get("mlp_only_layers") or max(
+        int(text.get("decoder_sparse_step", 1)), int(text.get("moe_layer_freq", 1))
+    ) > 1:  # fmt: skip
+        raise ConfigError(
+            f"{source}: dense layers between the layers with experts",
+            "plan knows models whose dense layers come first",
+            ["python -m sglang_w4afp8.srt.shard_check MODEL --tp 8 16 32"],
+        )
+    is_mla = attention == "MLA"
+    heads = int(text["num_attention_heads"])
+    kv_heads = int(text["num_key_value_heads"])
+    head_dim = 0 if is_mla else int(text.get("head_dim") or text["hidden_size"] // heads)
+    model = Model(
+        name=name, source=source, model_type=text["model_type"], attention=attention,
+        hidden=int(text["hidden_size"]), layers=layers, mtp=len(mtp_layers(config)),
+        heads=heads, kv_heads=kv_heads,
+        kv_width=text["kv_lora_rank"] + text["qk_rope_head_dim"] if is_mla else 2 * head_dim,
+        index_head_dim=int(text.get("index_head_dim") or 0),
+        absorbed_rows=heads * (text["qk_nope_head_dim"] + text["v_head_dim"]) if is_mla else 0,
+        vocab=int(text["vocab_size"]), tied=bool(text.get("tie_word_embeddings")),
+        context=int(text["max_position_embeddings"]), experts=experts,
+        top_k=int(text["num_experts_per_tok"]), expert_width=int(text["moe_intermediate_size"]),
+        moe_layers=range(dense, layers), linears=(), spec=spec, states_block=states_block,
+        is_w4afp8=is_w4afp8, notes=notes,
+    )  # fmt: skip
+    linears = _mla(model, text) if is_mla else _gqa(model, head_dim)
+    shared = int(text.get("n_shared_experts") or 0) * model.expert_width
+    if shared:
+        linears += _mlp("mlp.shared_experts", "shared expert", shared, model.hidden, dense, layers)
+    if dense:
+        linears += _mlp("mlp", "dense MLP", int(text["intermediate_size"]), model.hidden, 0, dense)
+    return replace(model, linears=tuple(_with_format(x, spec) for x in linears))
+
+
+def _quantization(config: dict[str, Any], source: str) -> tuple[QuantSpec, bool, bool, list[str]]:
+    """Spec, whether it names a block, whether it is W4AFP8 already, notes."""
+    section = quant_section(config)
+    method = section.get("quant_method")
+    if method == "w4afp8":
+        stated = bool(section.get("weight_block_size"))
+        return QuantSpec.from_dict(section, source), stated, True, []
+    block = section.get("weight_block_size") if method == "fp8" else None
+    planned = f"not W4AFP8 ({method or 'unquantised'}): planned as sglang-w4afp8 convert writes it"
+    linears = f"FP8 {block[0]}x{block[1]}" if block else "BF16"
+    spec = QuantSpec(weight_block_size=tuple(block) if block else None, origin=source)
+    return spec, bool(block), False, [f"{planned}: INT4 group 128, {linears} linears"]
+
+
+def _with_format(linear: Linear, spec: QuantSpec) -> Linear:
+    """Count the layers in which the linear is FP8, by block size and skip list."""
+    if spec.weight_block_size is None or linear.fp8 == 0:
+        return replace(linear, fp8=0)
+    parent = linear.path.rpartition(".")[0]
+    names = [linear.path, *(f"{parent}.{part}" for part in linear.parts)]
+    skipped = sum(
+        any(
+            _covers(entry, f"model.layers.{index}.{name}")
+            for entry in spec.ignored_layers
+            for name in names
+        )
+        for index in linear.layers
+    )
+    return replace(linear, fp8=len(linear.layers) - skipped)
+
+
+def _covers(entry: str, module: str) -> bool:
+    """Whether a skip-list entry names ``module`` or a parent of it, as SGLang matches paths."""
+    return f".{entry}." in f".{module}."
+
+
+def _mla(m: Model, text: Mapping[str, Any]) -> list[Linear]:
+    every = range(m.layers)
+    rope, nope, v = text["qk_rope_head_dim"], text["qk_nope_head_dim"], text["v_head_dim"]
+    latent, q_lora = text["kv_lora_rank"], int(text.get("q_lora_rank") or 0)
+
+    def linear(name: str, rows: int, columns: int, cut: str, *parts: str) -> Linear:
+        path = f"self_attn.{name}"
+        return Linear(path, "attention", (rows,), columns, cut, parts or (name,), every, m.layers)
+
+    found = []
+    if q_lora:
+        # SGLang joins two checkpoint tensors to one output, held whole.
+        found.append(linear("fused_qkv_a_proj", q_lora + latent + rope, m.hidden, "none",
+                            "q_a_proj", "kv_a_proj_with_mqa"))  # fmt: skip
+        found.append(linear("q_b_proj", m.heads * (nope + rope), q_lora, "rows"))
+    else:
+        found.append(linear("q_proj", m.heads * (nope + rope), m.hidden, "rows"))
+        found.append(linear("kv_a_proj_with_mqa", latent + rope, m.hidden, "none"))
+    found.append(linear("kv_b_proj", m.heads * (nope + v), latent, "rows"))
+    found.append(linear("o_proj", m.hidden, m.heads * v, "columns"))
+    if m.index_head_dim:
+        index_heads = text["index_n_heads"]
+        for name, rows, columns, fp8 in (
+            ("indexer.wq_b", index_heads * m.index_head_dim, q_lora, m.layers),
+            ("indexer.wk", m.index_head_dim, m.hidden, m.layers),
+            ("indexer.weights_proj", index_heads, m.hidden, 0),
+        ):
+            part = name.rpartition(".")[2]
+            found.append(Linear(f"self_attn.{name}", "indexer", (rows,), columns, "none", (part,),
+                                every, fp8))  # fmt: skip
+    return found
+
+
+def _gqa(m: Model, head_dim: int) -> list[Linear]:
+    every = range(m.layers)
+    query, key = m.heads * head_dim, m.kv_heads * head_dim
+    return [
+        Linear("self_attn.qkv_proj", "attention", (query, key, key), m.hidden, "rows",
+               ("q_proj", "k_proj", "v_proj"), every, m.layers, m.kv_heads),
+        Linear("self_attn.o_proj", "attention", (m.hidden,), query, "columns", ("o_proj",),
+               every, m.layers),
+    ]  # fmt: skip
+
+
+def _mlp(path: str, kind: str, width: int, hidden: int, first: int, stop: int) -> list[Linear]:
+    layers = range(first, stop)
+    return [
+        Linear(f"{path}.gate_up_proj", kind, (width, width), hidden, "rows",
+               ("gate_proj", "up_proj"), layers, len(layers)),
+        Linear(f"{path}.down_proj", kind, (hidden,), width, "columns", ("down_proj",),
+               layers, len(layers)),
+    ]  # fmt: skip
