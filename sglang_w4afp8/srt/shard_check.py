@@ -27,7 +27,13 @@ from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.reference import dequantize_fp8_block, moe_reference
 from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme, QuantSpec
-from sglang_w4afp8.srt.virtual_ranks import load_experts, load_linear, run_experts, virtual_rank
+from sglang_w4afp8.srt.virtual_ranks import (
+    load_experts,
+    load_mlp,
+    run_experts,
+    run_mlp,
+    virtual_rank,
+)
 
 TOKENS = 8
 TOLERANCE = 1e-5
@@ -158,11 +164,8 @@ def check_mlp(checkpoint: Checkpoint, prefix: str, tp: int) -> Row:
     total = torch.zeros_like(expected)
     for rank in range(tp):
         with virtual_rank(rank, tp):
-            gate_up_proj, down_proj = _mlp(_config(checkpoint), prefix, hidden, intermediate)
-            load_linear(gate_up_proj, f"{prefix}.gate_up_proj", tensors)
-            load_linear(down_proj, f"{prefix}.down_proj", tensors)
-            halves = gate_up_proj.quant_method.apply(gate_up_proj, x).chunk(2, dim=-1)
-            total += down_proj.quant_method.apply(down_proj, F.silu(halves[0]) * halves[1])
+            sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+            total += run_mlp(load_mlp(_config(checkpoint), tensors, prefix, **sizes), x)
     columns = AxisShard.even(intermediate, block[0], tp - 1, tp)
     return Row(
         prefix, tp, 1, columns.size, columns.local_group, _error(total, expected),
@@ -194,23 +197,11 @@ def _stock_mlp(prefix: str, hidden: int, intermediate: int, tp: int) -> str:
 
     try:
         with virtual_rank(tp - 1, tp):
-            _mlp(W4AFp8Config(), prefix, hidden, intermediate)
+            sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
+            load_mlp(W4AFp8Config(), {}, prefix, **sizes)
     except Exception as error:
         return f"refuses: {_one_line(error)}"
     return "works"
-
-
-def _mlp(config: Any, prefix: str, hidden: int, intermediate: int) -> tuple[Any, Any]:
-    from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-
-    common = {"bias": False, "quant_config": config, "params_dtype": torch.float32}
-    gate_up = MergedColumnParallelLinear(
-        hidden, [intermediate] * 2, prefix=f"{prefix}.gate_up_proj", **common
-    )
-    down = RowParallelLinear(
-        intermediate, hidden, prefix=f"{prefix}.down_proj", reduce_results=False, **common
-    )
-    return gate_up, down
 
 
 def _config(checkpoint: Checkpoint) -> Any:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from sglang_w4afp8.srt.loader import PROJECTIONS
 
@@ -143,3 +144,47 @@ def load_linear(layer: torch.nn.Module, prefix: str, tensors: Tensors) -> torch.
             parameter.weight_loader(*arguments)
     layer.quant_method.process_weights_after_loading(layer)
     return layer
+
+
+def load_mlp(
+    config: Any,
+    tensors: Tensors,
+    prefix: str,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any]:
+    """A gated MLP's two parallel linears, built and, if there are tensors, loaded as this rank.
+
+    Args:
+        config: a quantization config object.
+        tensors: checkpoint tensors by name; none leaves the linears as built.
+        prefix: ``model.layers.0.mlp``.
+        hidden_size: K.
+        intermediate_size: N of the whole MLP.
+        dtype: of the model.
+
+    Returns:
+        ``gate_up_proj`` and ``down_proj``, whose output is this rank's partial sum.
+    """
+    from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+
+    common = {"bias": False, "quant_config": config, "params_dtype": dtype}
+    gate_up = MergedColumnParallelLinear(
+        hidden_size, [intermediate_size] * 2, prefix=f"{prefix}.gate_up_proj", **common
+    )
+    down = RowParallelLinear(
+        intermediate_size, hidden_size, prefix=f"{prefix}.down_proj", reduce_results=False, **common
+    )
+    if tensors:
+        load_linear(gate_up, f"{prefix}.gate_up_proj", tensors)
+        load_linear(down, f"{prefix}.down_proj", tensors)
+    return gate_up, down
+
+
+def run_mlp(mlp: tuple[Any, Any], x: torch.Tensor) -> torch.Tensor:
+    """This rank's partial output of :func:`load_mlp`'s linears, ``(T, K)``."""
+    gate_up, down = mlp
+    gate, up = gate_up.quant_method.apply(gate_up, x).chunk(2, dim=-1)
+    return down.quant_method.apply(down, F.silu(gate) * up)

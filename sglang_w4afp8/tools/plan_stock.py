@@ -7,7 +7,8 @@ The rules are those of SGLang 0.5.16 … 0.5.23, in the order in which a server 
 2. the loader's compute-capability gate (``model_loader/loader.py``; ``W4AFp8Config`` wants 9.0);
 3. layer by layer: ``Fp8LinearMethod.validate_block_quant_shapes`` (``quantization/fp8.py``);
 4. while loading: ``W4AFp8Config`` drops group size, skip list, block size and activation scheme and
-   takes 128, none, 128 × 128 and static (``quantization/w4afp8.py``);
+   takes 128, none, 128 × 128 and static (``quantization/w4afp8.py``), so BF16 linears, other
+   groups and other blocks meet parameters of another dtype or shape;
 5. with nothing said: ``FusedMoE._load_w2`` cuts scale columns by integer division.
 
 ``tests/integration/test_plan_stock.py`` compares them with SGLang's real layers and loaders.
@@ -43,11 +44,7 @@ def stock_answer(model: Model, tp: int, ep: int, gpu: Gpu | None) -> Stock:
     """Apply the rules; ``gpu`` None leaves the card out. The layout must pass ``Model.check``."""
     refusals = [*_before_loading(model, tp, ep, gpu), *_linear_refusals(model, tp)]
     wrongs = _silent(model, tp, ep)
-    if model.spec.group_size != STOCK_GROUP:
-        refusals.append(
-            f"loading: group scales of {model.spec.group_size} do not fit parameters made for "
-            f"{STOCK_GROUP}"
-        )
+    refusals += _while_loading(model)
     if refusals:
         return Stock(REFUSES, (*refusals, *wrongs))
     return Stock(WRONG if wrongs else WORKS, tuple(wrongs))
@@ -110,6 +107,27 @@ def _row_refusal(shard: LinearShard) -> str | None:
     return None
 
 
+def _while_loading(model: Model) -> list[str]:
+    found = []
+    plain = [x.path for x in model.linears if x.fp8 < len(x.layers) and x.kind != "indexer"]
+    if plain:
+        found.append(
+            f"loading {plain[0]}: Downcasting not allowed: target.dtype=torch.float8_e4m3fn, "
+            "loaded_weight.dtype=torch.bfloat16"
+        )
+    if model.block != (STOCK_BLOCK, STOCK_BLOCK):
+        found.append(
+            f"loading linears: FP8 scales per {model.block[0]}×{model.block[1]} do not fit "
+            f"parameters made for {STOCK_BLOCK}×{STOCK_BLOCK}"
+        )
+    if model.spec.group_size != STOCK_GROUP:
+        found.append(
+            f"loading experts: group scales of {model.spec.group_size} do not fit parameters made "
+            f"for {STOCK_GROUP}"
+        )
+    return found
+
+
 def lost_columns(width: int, tp: int) -> tuple[int, int]:
     """Scale columns of down that SGLang's loader keeps, and that the worst rank needs.
 
@@ -126,11 +144,6 @@ def _silent(model: Model, tp: int, ep: int) -> list[str]:
     held, needed = lost_columns(model.expert_width, tp // ep)
     if held < needed:
         found.append(f"experts' down_proj: loads {held} of {needed} scale columns, no message")
-    plain = [x.path for x in model.linears if x.fp8 < len(x.layers) and x.kind != "indexer"]
-    if plain:
-        found.append(f"{plain[0]} is BF16; it is read as FP8, its scales never arrive")
-    elif model.block != (STOCK_BLOCK, STOCK_BLOCK):
-        found.append(f"FP8 blocks of {model.block[0]}×{model.block[1]} are read as 128×128")
     if model.spec.moe_activation is not ActivationScheme.STATIC:
         found.append("no dynamic activation scales: it takes 1.0 for every input scale")
     return found
