@@ -108,6 +108,33 @@ def kernels_table() -> str:
     return "\n".join(lines)
 
 
+def scaling_table() -> str:
+    """The estimates of ``benchmarks/results/scaling-on-paper.json``, one row a layout."""
+    lines = [
+        "| Card | Network | TP | Weights read, GB | ITL, ms | ITL, ms, batch 128 | "
+        "with EP, ms | tok/s per GPU |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    path = DOCS.parent / "benchmarks" / "results" / "scaling-on-paper.json"
+    rows = {
+        (row["gpu"], row["fabric"], row["tp"], row["batch"]): row
+        for row in json.loads(path.read_text())["rows"]
+        if row["fits"]
+    }
+    for (gpu, fabric, tp, batch), one in rows.items():
+        if batch != 1:
+            continue
+        many = rows[gpu, fabric, tp, 128]
+        ep = f"{many['ep_itl_ms']:.1f}" if many["ep_fits"] else "no room"
+        lines.append(
+            f"| {gpu.upper()} | {fabric} | {tp} | {one['weight_bytes'] / 1e9:.1f} / "
+            f"{many['weight_bytes'] / 1e9:.1f} | {one['itl_ms']:.1f} | {many['itl_ms']:.1f} = "
+            f"{many['read_ms']:.1f} + {many['exchange_ms']:.1f} | {ep} | "
+            f"{many['tok_s_gpu']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "variables": ("configuration.md", variables_table),
     "hooks": ("compatibility.md", hooks_table),
@@ -115,6 +142,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "served": ("../README.md", served_table),
     "kernels": ("kernels.md", kernels_table),
     "peers": ("kernels.md", peers_table),
+    "scaling": ("multi-node.md", scaling_table),
 }
 
 
