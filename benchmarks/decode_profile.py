@@ -2,8 +2,9 @@
 
     python benchmarks/decode_profile.py --json decode-profile.json
 
-Serves a small Qwen3-MoE checkpoint on the GPU with CUDA graphs, records a few decode steps with
-SGLang's own profiler, and lists everything the GPU did from the end of one layer's experts to the
+Serves a Qwen3-MoE checkpoint of two layers, with the widths of Qwen3-30B-A3B and a quarter of its
+experts, on the GPU with CUDA graphs, records a few decode steps with SGLang's own profiler, and
+lists everything the GPU did from the end of one layer's experts to the
 end of the next one's. The MoE part runs from the router's product to the last kernel of the
 experts; a copy, a fill or an elementwise kernel in there would be a stray one. Exits with 1 if
 something stands between the kernels of this package or is a copy or fill right before them.
@@ -17,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,11 @@ from sglang_w4afp8.testing.server import Server, launch
 from sglang_w4afp8.tools.bench import environment
 from sglang_w4afp8.tools.convert import convert_checkpoint
 
+SHAPE = tiny.QwenShape(
+    hidden_size=2048, moe_intermediate_size=768, num_experts=32, num_experts_per_tok=8
+)
 STEPS = 24
+ROUTER = ("topk", "router", "gating")  # in the names of SGLang's kernels that choose experts
 OURS = "w4a8_"
 
 
@@ -38,8 +44,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        source = tiny.write_qwen(folder / "source", tiny.QwenShape(num_hidden_layers=4))
-        convert_checkpoint(source, folder / "model")
+        source = tiny.write_qwen(folder / "source", SHAPE)
+        convert_checkpoint(source, folder / "model", device="cuda")
         server_args = ["--quantization", "w4afp8", "--attention-backend", "triton"]
         server_args += ["--mem-fraction-static", "0.5", "--cuda-graph-max-bs-decode", "16"]
         strict = {"SGLANG_W4AFP8_STRICT": "1", "SGLANG_W4AFP8_MOE_BACKEND": "hopper"}
@@ -52,7 +58,8 @@ def main() -> int:
             timeout_s=600,
         ) as server:
             cases = [record(server, batch, folder / f"trace-{batch}") for batch in args.batch]
-    report = {**environment(args.commit), "server_args": server_args, "cases": cases}
+    report = {**environment(args.commit), "model": asdict(SHAPE), "server_args": server_args}
+    report["cases"] = cases
     args.json.write_text(json.dumps(report, indent=1) + "\n")
     stray = [case["stray"] for case in cases]
     for case in cases:
@@ -107,7 +114,8 @@ def strays(layer: list[dict[str, Any]]) -> list[str]:
     names = [kernel["name"] for kernel in layer]
     first = next(i for i, name in enumerate(names) if name.startswith(OURS))
     between = [name for name in names[first:] if not name.startswith(OURS)]
-    chosen = max((i for i, name in enumerate(names[:first]) if "topk" in name.lower()), default=0)
+    routers = (i for i, n in enumerate(names[:first]) if any(word in n.lower() for word in ROUTER))
+    chosen = max(routers, default=0)
     words = ("memcpy", "memset", "copy", "fill", "elementwise")
     before = [n for n in names[chosen + 1 : first] if any(word in n.lower() for word in words)]
     return between + before
