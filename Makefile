@@ -21,7 +21,8 @@ test: env wheels
 
 # Only what depends on the SGLang version: for the second one.
 test-sglang: env wheels
-	scripts/test.sh $(SGLANG) tests/contract/test_registration.py tests/integration $(ARGS)
+	scripts/test.sh $(SGLANG) tests/contract/test_registration.py tests/integration \
+		tests/patches/test_series.py $(ARGS)
 
 lint: env
 	$(VENV)/bin/ruff check .
