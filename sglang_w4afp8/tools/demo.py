@@ -15,58 +15,22 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from sglang_w4afp8.errors import HostError, W4AFp8Error
+from sglang_w4afp8.tools.demo_answers import (
+    NEW_TOKENS,
+    PROMPTS,
+    Judge,
+    Served,
+    Story,
+    compare,
+    say,
+)
 
-PROMPTS = [[5, 17, 99, 4, 211, 37], [301, 8, 8, 45], list(range(20, 60))]
-NEW_TOKENS = 12
 TEXT = "Sharding is exact when"
-CPU_TOLERANCE = 1e-4
-"""Largest accepted logprob difference in float32; the ranks add in another order, no more."""
-
-
-@dataclass
-class Served:
-    """One server's answers.
-
-    Attributes:
-        tp: tensor-parallel degree.
-        backend: the expert kernel asked for.
-        ready_s: seconds from start to the first healthy answer.
-        token_ids: per prompt, the greedy continuation.
-        logprobs: of those tokens.
-        forced: per prompt, the logprob of each token of the judge's text after the ones before it.
-        text: an OpenAI-style completion of :data:`TEXT`.
-        streamed: the same, received as a stream and put together.
-    """
-
-    tp: int
-    backend: str
-    ready_s: float
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    forced: list[list[float]]
-    text: str
-    streamed: str
-
-
-@dataclass
-class Story:
-    """What the demo found, for ``--json``."""
-
-    device: str
-    versions: dict[str, str] = field(default_factory=dict)
-    command: str = ""
-    served: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    against_transformers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    among_servers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +85,7 @@ def tell(
     for name, source in write_checkpoints(folder).items():
         checkpoints[name] = convert(name, source)
     for name, checkpoint in checkpoints.items():
-        judge = Judge(checkpoint)
+        judge = Judge(checkpoint, coarse=on_gpu)
         say(f"      {name}: transformers on the dequantised weights: {judge.seconds:.0f} s")
         results = []
         for tp, backend in product(degrees, ("auto", "torch") if on_gpu else ("auto",)):
@@ -140,11 +104,6 @@ def tell(
         for name, checkpoint in widths(folder).items():
             check_shards(name, checkpoint, [8], story)
     return story
-
-
-def say(line: str) -> None:
-    """One progress line."""
-    print(line, flush=True)
 
 
 def write_checkpoints(folder: Path) -> dict[str, Path]:
@@ -190,30 +149,6 @@ def convert(name: str, source: Path) -> Path:
         f"{report.source_bytes / 2**20:.0f} → {report.output_bytes / 2**20:.0f} MiB"
     )
     return target
-
-
-class Judge:
-    """What transformers makes of a checkpoint's dequantised weights.
-
-    Attributes:
-        token_ids: per prompt, its greedy continuation.
-        logprobs: of those tokens.
-        texts: prompt and continuation in one.
-        forced: the logprob of each token of ``texts`` but the first.
-        seconds: what that took.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        from sglang_w4afp8.testing.hf_judge import HfJudge
-
-        started = time.monotonic()
-        model = HfJudge(checkpoint)
-        found = [model.greedy(prompt, NEW_TOKENS) for prompt in PROMPTS]
-        self.token_ids = [continuation.token_ids for continuation in found]
-        self.logprobs = [continuation.logprobs for continuation in found]
-        self.texts = [prompt + ids for prompt, ids in zip(PROMPTS, self.token_ids, strict=True)]
-        self.forced = [model.forced(text) for text in self.texts]
-        self.seconds = time.monotonic() - started
 
 
 def serve(
@@ -281,50 +216,6 @@ def show(served: Served) -> None:
     say(f"      greedy tokens of prompt 1: {served.token_ids[0]}")
 
 
-def compare(name: str, judge: Judge, results: list[Served], story: Story, *, on_gpu: bool) -> None:
-    """Tokens and logprobs of the servers against transformers and against the first of them."""
-    first = results[0]
-    for result in results:
-        if result.text != result.streamed:
-            story.problems.append(f"{name}: {_title(result)}: plain and streamed texts differ")
-        found = _difference(result, judge.token_ids, judge.logprobs, judge.forced)
-        story.against_transformers[f"{name}: {_title(result)}"] = found
-        _judge(f"{name}: {_title(result)} against transformers", found, story, on_gpu)
-        if result is not first:
-            found = _difference(result, first.token_ids, first.logprobs, first.forced)
-            key = f"{name}: {_title(result)} against {_title(first)}"
-            story.among_servers[key] = found
-            _judge(key, found, story, on_gpu)
-
-
-def _difference(
-    result: Served, ids: list[list[int]], logprobs: list[list[float]], forced: list[list[float]]
-) -> dict[str, Any]:
-    same = result.token_ids == ids
-    apart = _absolute_differences(result.forced, forced)
-    return {
-        "tokens_identical": same,
-        # Once a token differs, what follows answers another question.
-        "largest_logprob_difference": (
-            max(_absolute_differences(result.logprobs, logprobs)) if same else None
-        ),
-        "mean_forced_logprob_difference": sum(apart) / len(apart),
-    }
-
-
-def _judge(key: str, found: dict[str, Any], story: Story, on_gpu: bool) -> None:
-    tokens = "identical" if found["tokens_identical"] else "DIFFERENT"
-    largest = found["largest_logprob_difference"]
-    line = f"{key}: tokens {tokens}"
-    if largest is not None:
-        line += f", largest logprob difference {largest:.1e}"
-    mean = found["mean_forced_logprob_difference"]
-    say(f"      {line}; over a given text {mean:.1e} on average")
-    # On a GPU activations are FP8 and sums BF16; the numbers are shown, not judged.
-    if not on_gpu and (largest is None or largest > CPU_TOLERANCE):
-        story.problems.append(f"{line} > {CPU_TOLERANCE:.0e}")
-
-
 def check_shards(name: str, checkpoint: Path, degrees: list[int], story: Story) -> None:
     """Step 4: the layers as every rank, in a process of its own."""
     say(f"[4/4] {name}: loading its layers as {', '.join(map(str, degrees))} ranks …")
@@ -343,15 +234,6 @@ def check_shards(name: str, checkpoint: Path, degrees: list[int], story: Story) 
     story.shards += rows
     if done.returncode and not story.problems:
         story.problems.append(f"{name}: {done.stderr.strip()[-2000:]}")
-
-
-def _title(served: Served) -> str:
-    return f"tp {served.tp}" + (f" {served.backend}" if served.backend != "auto" else "")
-
-
-def _absolute_differences(one: list[list[float]], other: list[list[float]]) -> list[float]:
-    pairs = (zip(a, b, strict=True) for a, b in zip(one, other, strict=True))
-    return [abs(a - b) for prompt in pairs for a, b in prompt]
 
 
 def _gpu_count() -> int:
