@@ -184,22 +184,14 @@ def test_torch_compile_sees_one_graph(scheme: ActivationScheme) -> None:
     layer = Layer(case)
 
     def step(x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        normed = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
-        return x + layer(normed, route, ids, 2.5)
+        # Exact around the op: Inductor keeps float32 between operations, and one bit of BF16 more
+        # or less in the op's input moves FP8 codes and so 3 % of the output.
+        return x + layer(x * 0.5, route, ids, 2.5)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for tokens in (4, 40, 33):
         inputs = call(case, tokens, "uniform", tokens)
-        # Inductor may round the normalisation differently; what our op is given must be the same.
-        wanted = step(*inputs)
-        difference = (compiled(*inputs).double() - wanted.double()).norm() / wanted.double().norm()
-        assert difference < 2e-2, tokens
-
-    def alone(x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return layer(x, route, ids)
-
-    inputs = call(case, 13, "uniform", 1)
-    assert torch.equal(torch.compile(alone, fullgraph=True)(*inputs), alone(*inputs))
+        assert torch.equal(compiled(*inputs), step(*inputs)), tokens
 
 
 def test_the_op_keeps_torchs_rules() -> None:

@@ -100,7 +100,8 @@ def build(tensors: dict[str, torch.Tensor], intermediate: int, **fields: Any) ->
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize(
-    ("intermediate", "tp"), [(2048, 32), (1536, 8), (2560, 8), (1408, 8), (2048, 8), (2048, 1)]
+    ("intermediate", "tp"),
+    [(2048, 32), (1536, 8), (768, 8), (2560, 8), (1408, 8), (2048, 8), (2048, 1)],
 )
 @pytest.mark.parametrize("scheme", ["static", "dynamic_per_tensor", "dynamic_per_token"])
 def test_ranks_add_up(

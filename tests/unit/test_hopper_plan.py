@@ -57,7 +57,9 @@ def test_owners_are_those_whose_runs_meet_the_unit(total: int, per_unit: int) ->
             assert (runs[cta][0] <= begin) == (cta == meet[0])
 
 
-@pytest.mark.parametrize("layer", R1, ids=str)
+@pytest.mark.parametrize(
+    "layer", [*R1, Layer(plan.MAX_EXPERTS, 2048, 256, 128, 128, 4, False, True)], ids=str
+)
 def test_counters_are_enough(layer: Layer) -> None:
     most = plan.most_tokens(layer, 132)
     assert most >= 65_536
