@@ -64,9 +64,11 @@ def environment(commit: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "sglang_w4afp8": sglang_w4afp8.__version__,
         "commit": commit or "unknown",
-        # Where the scratch directory is says nothing to a reader.
+        # Where the files lie says nothing to a reader.
         "command": re.sub(
-            r"(--directory) \S+", r"\1 DIR", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            r"(--directory|--output) \S+",
+            r"\1 PLACE",
+            " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         ),
     }
 

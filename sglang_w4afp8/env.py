@@ -76,6 +76,20 @@ ACTIVATION = Variable(
     "whose input scales are missing. `none` keeps activations in the model dtype (accuracy "
     "reference, `torch` backend only).",
 )
+LOAD_METHOD = Variable(
+    "SGLANG_W4AFP8_LOAD_METHOD",
+    "mse",
+    ("mse", "rtn"),
+    "Rounding of experts that are FP8 or BF16 in the checkpoint, when `--quantization w4afp8` "
+    "makes INT4 of them while loading; as `convert --method`.",
+)
+ACT_SCALES = Variable(
+    "SGLANG_W4AFP8_ACT_SCALES",
+    "",
+    (),
+    "File of calibrated activation amaxes, as `convert --act-scales` reads it: static activation "
+    "scales for a checkpoint that has none (with `--quantization w4afp8`).",
+)
 CACHE_DIR = Variable(
     "SGLANG_W4AFP8_CACHE_DIR",
     "",
@@ -83,4 +97,4 @@ CACHE_DIR = Variable(
     "Where compiled kernels and tuning tables are kept; default `~/.cache/sglang-w4afp8`.",
 )
 
-VARIABLES = (ENABLE, STRICT, MOE_BACKEND, ACTIVATION, CACHE_DIR)
+VARIABLES = (ENABLE, STRICT, MOE_BACKEND, ACTIVATION, LOAD_METHOD, ACT_SCALES, CACHE_DIR)

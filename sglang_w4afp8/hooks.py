@@ -74,6 +74,12 @@ _TABLES = (
         ("model_config", "tp_size", "moe_ep_size", "moe_dp_size"),
         "lifted: refuses expert shards that are no whole number of FP8 blocks",
     ),
+    _install(
+        "sglang.srt.model_loader.weight_utils:get_quant_config",
+        Kind.OVERRIDE,
+        ("model_config", "load_config", "packed_modules_mapping", "remap_prefix"),
+        "wrapped: says which model a config without arguments is for",
+    ),
     _install(f"{_W4AFP8}:W4AFp8Config.get_name", Kind.CALL, (), "SGLang compares it as well"),
 )
 
@@ -86,6 +92,13 @@ _HOST = (
         ("server_args", "field"),
         "arguments as SGLang decided them, where it records that beside them",
         optional=True,
+    ),
+    _host(
+        "sglang.srt.configs.model_config:ModelConfig._parse_quant_hf_config",
+        Kind.CALL,
+        (),
+        "whether a checkpoint has any quantization config",
+        every_process=False,
     ),
     _host("sglang.srt.utils:is_cuda", Kind.CALL, (), "who applies routed_scaling_factor"),
     # On CUDA the method multiplies, elsewhere the model does; twice or never would be silent.
@@ -125,6 +138,20 @@ _CONFIG = (
         Kind.OVERRIDE,
         ("values",),
         "renames the skip list",
+    ),
+    _config(
+        f"{_BASE}:QuantizationConfig.override_quantization_method",
+        Kind.OVERRIDE,
+        ("hf_quant_cfg", "user_quant"),
+        "claims checkpoints of other methods when asked by name",
+    ),
+    _config(
+        "sglang.srt.configs.model_config:ModelConfig._verify_quantization",
+        Kind.SOURCE,
+        (),
+        "or --quantization w4afp8 on another method's checkpoint would be refused",
+        callee="method.override_quantization_method",
+        every_process=False,
     ),
     _config(f"{_BASE}:QuantizeMethodBase", Kind.ATTRIBUTE, (), "what get_quant_method returns"),
     _config(

@@ -9,6 +9,9 @@ transposition. Only float16 → bfloat16 rounds the scales, by less than 0.01 dB
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from sglang_w4afp8.checkpoint.formats import ExpertParts, FloatWeight, Int4Weight, Read
@@ -21,6 +24,11 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
     """int32 ``(R, C)`` words along the last axis to ``(R, 8C)`` values 0…15, float32."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & 0xF).flatten(1).to(torch.float32)
+
+
+def zero_offset(quant: Mapping[str, Any]) -> int:
+    """What is to be added to a stored zero point under this ``quantization_config``."""
+    return 0 if quant.get("checkpoint_format") == "gptq_v2" else 1
 
 
 class Gptq:
@@ -63,10 +71,6 @@ class Gptq:
             return "the weights are asymmetric: q − zero point spans −15…15, more than four bits"
         return None
 
-    def _zero_offset(self, parts: ExpertParts) -> int:
-        is_v2 = parts.quant.get("checkpoint_format") == "gptq_v2"
-        return 0 if is_v2 else 1
-
     def load(self, parts: ExpertParts, read: Read) -> FloatWeight | Int4Weight:
         rows, columns = self.shape(parts)
         group = self._source_group(parts)
@@ -74,7 +78,7 @@ class Gptq:
         words = read(parts.entry("qweight")).t()  # (N, K/8)
         zeros = None
         if "qzeros" in parts.parts:
-            zeros = unpack_words(read(parts.entry("qzeros"))) + self._zero_offset(parts)
+            zeros = unpack_words(read(parts.entry("qzeros"))) + zero_offset(parts.quant)
             zeros = zeros[:, :rows].t()  # (N, K/g)
         index = torch.arange(columns) // group
         if "g_idx" in parts.parts:

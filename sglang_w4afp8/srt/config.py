@@ -10,6 +10,7 @@ when the checkpoint has only ``hf_quant_config.json``.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,34 @@ from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
 
 from sglang_w4afp8 import env
-from sglang_w4afp8.spec import QuantSpec
+from sglang_w4afp8.checkpoint.act_scales import Amaxes, load_amaxes, scales_for_layers
+from sglang_w4afp8.checkpoint.load_source import (
+    LoadSource,
+    can_read,
+    dense_source,
+    read_load_source,
+)
+from sglang_w4afp8.checkpoint.names import layer_of
+from sglang_w4afp8.errors import ConfigError
+from sglang_w4afp8.spec import ActivationScheme, QuantSpec
+from sglang_w4afp8.srt import host
 from sglang_w4afp8.srt.preflight import check_model
 
 logger = logging.getLogger(__name__)
+
+
+NAME = "w4afp8"
+
+
+def _int4_linear(prefix: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"{prefix} is INT4 in this {kind} checkpoint",
+        "W4AFP8 has INT4 experts only; the linears beside them are FP8 or not quantised",
+        [
+            "sglang-w4afp8 convert SRC DST  with the BF16 or FP8 checkpoint as SRC",
+            "serve it with its own method: leave --quantization w4afp8 away",
+        ],
+    )
 
 
 class ShardedW4AFp8Config(W4AFp8Config):
@@ -30,13 +55,28 @@ class ShardedW4AFp8Config(W4AFp8Config):
 
     Args:
         spec: what the checkpoint says; None for a checkpoint without a ``quantization_config``.
+        source: what the checkpoint is, if it becomes W4AFP8 while loading.
     """
 
-    def __init__(self, spec: QuantSpec | None = None) -> None:
+    def __init__(self, spec: QuantSpec | None = None, source: LoadSource | None = None) -> None:
         # Not W4AFp8Config.__init__: it overwrites what we read and logs half a sentence.
         QuantizationConfig.__init__(self)
-        stated = spec or QuantSpec.default()
+        if spec is None and source is None and host.is_unquantised_checkpoint():
+            source = dense_source()
+        self.source = source
+        stated = spec or (source.spec if source else QuantSpec.default())
+        self._act_scales: Amaxes | None = None
+        if env.ACT_SCALES.get():
+            self._act_scales = load_amaxes(env.ACT_SCALES.get())
+            stated = replace(stated, moe_activation=ActivationScheme.STATIC)
         self.spec = stated.with_activation_override(env.ACTIVATION.get())
+        if source is not None and host.is_rank_zero():
+            logger.info(
+                "sglang-w4afp8: a %s checkpoint; experts become INT4 g%d while loading%s",
+                source.kind,
+                self.spec.group_size,
+                f", {env.LOAD_METHOD.get()} rounding" if source.kind in ("fp8", "bf16") else "",
+            )
         # Upstream reads these names off the config.
         self.is_checkpoint_fp8_serialized = True
         self.is_checkpoint_w4afp8_serialized = True
@@ -57,11 +97,27 @@ class ShardedW4AFp8Config(W4AFp8Config):
         """Build from config.json's ``quantization_config``.
 
         Raises:
-            ConfigError: see :meth:`sglang_w4afp8.spec.QuantSpec.from_dict`.
+            ConfigError: see :meth:`sglang_w4afp8.spec.QuantSpec.from_dict` and, for a checkpoint
+                of another method, :func:`sglang_w4afp8.checkpoint.load_source.read_load_source`.
         """
-        instance = cls(QuantSpec.from_dict(config))
+        if config.get("quant_method", NAME) == NAME:
+            instance = cls(QuantSpec.from_dict(config))
+        else:
+            source = read_load_source(config)
+            instance = cls(source.spec, source)
         instance.packed_modules_mapping = config.get("packed_modules_mapping") or {}
         return instance
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None
+    ) -> str | None:
+        """Claim a checkpoint of another method when the user asks for this one by name.
+
+        SGLang otherwise refuses the difference. Methods without an answer are left to it.
+        """
+        method = str((hf_quant_cfg or {}).get("quant_method", ""))
+        return NAME if user_quant == NAME and can_read(method) else None
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -96,6 +152,8 @@ class ShardedW4AFp8Config(W4AFp8Config):
             self._checked = True
             check_model(self.spec)
         if isinstance(layer, LinearBase):
+            if self.source is not None and self.source.is_int4_linear(prefix):
+                raise _int4_linear(prefix, self.source.kind)
             if self.weight_block_size is None or self._is_skipped(prefix):
                 return UnquantizedLinearMethod()
             return ShardedFp8LinearMethod(self, prefix)
@@ -105,6 +163,21 @@ class ShardedW4AFp8Config(W4AFp8Config):
             self.moe_layers += 1
             return choose_moe_method(self, layer, prefix)
         return None
+
+    def act_scales_of(self, prefix: str) -> dict[str, float] | None:
+        """Static input scales of a layer from ``SGLANG_W4AFP8_ACT_SCALES``: ``w13``, ``w2``.
+
+        Raises:
+            ConfigError: the file has none for this layer.
+        """
+        layer = layer_of(prefix)
+        if self._act_scales is None or self.spec.moe_activation is not ActivationScheme.STATIC:
+            return None
+        if layer is None:
+            # The MTP layer's module is called model.decoder; its tensors are the last layer's.
+            layer = max(number for number, _ in self._act_scales)
+        scales = scales_for_layers(self._act_scales, [layer])
+        return {gemm: value for (_, gemm), value in scales.items()}
 
     def _is_skipped(self, prefix: str) -> bool:
         mapping = getattr(self, "packed_modules_mapping", None) or {}

@@ -6,6 +6,8 @@ server arguments are not set; every question here has an answer for that case.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ import torch
 _FORMATS_WITHOUT_LOADER = frozenset(
     ("dummy", "sharded_state", "remote", "remote_instance", "rdma", "private")
 )
+
+# Formats that stream tensors through buffers of their own.
+_FORMATS_REUSING_BUFFERS = frozenset(("runai_streamer", "fastsafetensors"))
 
 
 def argument(name: str, default: Any = None) -> Any:
@@ -48,6 +53,34 @@ def load_format() -> str:
     """The ``--load-format`` in effect, ``auto`` outside a server."""
     value = argument("load_format", "auto")
     return str(getattr(value, "value", value)).lower()
+
+
+_model_being_built: Any = None
+
+
+@contextmanager
+def building(model_config: Any) -> Iterator[None]:
+    """Note whose quantization config is being made, for :func:`is_unquantised_checkpoint`."""
+    global _model_being_built
+    _model_being_built = model_config
+    try:
+        yield
+    finally:
+        _model_being_built = None
+
+
+def is_unquantised_checkpoint() -> bool:
+    """Whether the model being built has no quantization config in any place SGLang looks.
+
+    SGLang makes the config with no arguments both for such a checkpoint and for one that has only
+    ``hf_quant_config.json``. Outside a server the latter is assumed.
+    """
+    return _model_being_built is not None and _model_being_built._parse_quant_hf_config() is None
+
+
+def reuses_buffers() -> bool:
+    """Whether a tensor that was handed over may be overwritten by the next ones."""
+    return load_format() in _FORMATS_REUSING_BUFFERS
 
 
 def uses_weight_loaders() -> bool:

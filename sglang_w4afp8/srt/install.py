@@ -19,7 +19,9 @@ from typing import Any
 from sglang.srt.layers import quantization
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
 from sglang.srt.model_executor.model_runner_components import moe_ep_setup
+from sglang.srt.model_loader import weight_utils
 
+from sglang_w4afp8.srt import host
 from sglang_w4afp8.srt.config import ShardedW4AFp8Config
 
 NAME = "w4afp8"
@@ -43,9 +45,33 @@ def install() -> type:
         if not isinstance(table, dict) or NAME not in table:
             raise TypeError(f"SGLang's quantization tables have no entry {NAME!r}")
     lift_block_check()
+    note_model()
     for table in tables:
         table[NAME] = ours
     return ours
+
+
+def note_model() -> None:
+    """Have ``get_quant_config`` tell which model it works for; again does nothing.
+
+    The config class gets no argument for a checkpoint without a ``quantization_config``, and must
+    know whether that is an unquantised one or one with ``hf_quant_config.json`` only.
+    """
+    original = weight_utils.get_quant_config
+    if getattr(original, "notes_w4afp8", False):
+        return
+
+    @functools.wraps(original)
+    def get(model_config: Any, *arguments: Any, **options: Any) -> Any:
+        with host.building(model_config):
+            return original(model_config, *arguments, **options)
+
+    get.notes_w4afp8 = True  # type: ignore[attr-defined]
+    weight_utils.get_quant_config = get
+    # The loader imports the function by name; it may have done so already.
+    loader = sys.modules.get("sglang.srt.model_loader.loader")
+    if getattr(loader, original.__name__, None) is original:
+        setattr(loader, original.__name__, get)
 
 
 def lift_block_check() -> None:

@@ -24,7 +24,8 @@ from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
 from sglang_w4afp8.sharding import ExpertShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.srt import host
-from sglang_w4afp8.srt.loader import ExpertLoader
+from sglang_w4afp8.srt.importer import ExpertImporter
+from sglang_w4afp8.srt.loader import PART, ExpertLoader
 
 if TYPE_CHECKING:
     from sglang.srt.layers.moe import MoeRunnerConfig
@@ -139,8 +140,13 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             )
         self.shard = shard
         self.scheme = self.quant_config.spec.moe_activation
+        source = self.quant_config.source
         self.experts_loader = ExpertLoader(
-            self.prefix, shard, num_experts, layer.moe_ep_rank * num_experts
+            self.prefix,
+            shard,
+            num_experts,
+            layer.moe_ep_rank * num_experts,
+            None if source is None else ExpertImporter(source, shard),
         )
         # The mapping of checkpoint experts to slots stays FusedMoE's; see srt/loader.py.
         layer._weight_loader_impl = self.experts_loader
@@ -162,10 +168,25 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             "w13_input_scale": torch.full((num_experts, 2), float("nan"), dtype=torch.float32),
             "w2_input_scale": torch.full((num_experts,), float("nan"), dtype=torch.float32),
         }
+        # A foreign checkpoint's tensors need parameters of their names to arrive for.
+        self.guests = [
+            f"{gemm}_{part}"
+            for part in (source.parts if source else ())
+            for gemm in ("w13", "w2")
+            if f"{gemm}_{part}" not in tensors
+        ]
+        tensors |= {name: torch.empty(num_experts, 0) for name in self.guests}
         for name, tensor in tensors.items():
             parameter = Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, extra_weight_attrs)
+            part = name.partition("_")[2]
+            set_weight_attrs(parameter, {**extra_weight_attrs, PART: part})
+            self.experts_loader.parameters[name] = parameter
+        scales = self.quant_config.act_scales_of(self.prefix)
+        if scales is not None:
+            for gemm, value in scales.items():
+                self.experts_loader.parameters[f"{gemm}_input_scale"].data.fill_(value)
+            self.experts_loader.arrived["input_scale"].fill_(True)
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         """Keep the runner config and choose the backend, before anything is loaded.
@@ -201,6 +222,9 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
         """
         if host.uses_weight_loaders():
             self.experts_loader.check_complete(self.scheme is ActivationScheme.STATIC)
+            for name in self.guests:
+                if self.experts_loader.parameters.pop(name, None) is not None:
+                    delattr(layer, name)
         elif host.load_format() == "dummy":
             self._fill_dummy(layer)
         if self.scheme is ActivationScheme.STATIC:
@@ -216,6 +240,8 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             tensors = (prepared.w13, prepared.w13_scale, prepared.w2, prepared.w2_scale)
             for name, tensor in zip(_PARAMETERS, tensors, strict=True):
                 self._replace(layer, name, tensor)
+                # The loader must not keep the memory that the reordered tensor replaces.
+                self.experts_loader.parameters[name] = getattr(layer, name)
         self.weights = self._weights(layer, prepared.state)
         self._log_model()
 

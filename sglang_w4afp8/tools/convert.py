@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_w4afp8.checkpoint.act_scales import amaxes_of_source, load_amaxes, scales_for_layers
 from sglang_w4afp8.checkpoint.index import open_index, read_json
 from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.quantize.weights import METHODS
 from sglang_w4afp8.spec import GROUP_SIZES
-from sglang_w4afp8.tools.act_scales import amaxes_of_source, load_amaxes, scales_for_layers
 from sglang_w4afp8.tools.console import human_bytes, human_seconds, print_json
 from sglang_w4afp8.tools.convert_output import write_outputs
 from sglang_w4afp8.tools.convert_plan import make_plan
@@ -114,7 +114,8 @@ def convert_checkpoint(
         group_size: 32, 64 or 128; None takes an INT4 source's own, else 128.
         activation: ``static`` writes input scales from ``act_scales``; ``dynamic`` writes none.
             None means static when ``act_scales`` is given or the source has input scales.
-        act_scales: file of calibrated amaxes, see :func:`~.act_scales.load_amaxes`.
+        act_scales: file of calibrated amaxes, see
+            :func:`~sglang_w4afp8.checkpoint.act_scales.load_amaxes`.
         device: ``cpu`` or ``cuda[:N]``, where rounding is computed.
         workers: processes, or threads with ``device="cuda"``; each holds a few expert matrices.
         keep: regular expressions searched in ``…layers.L.….experts``; matching layers stay.

@@ -38,6 +38,10 @@ class Source:
     group: int = 128
 
 
+ONLINE = "-online"
+"""End of a name: the unconverted source, to be served with ``--quantization w4afp8``."""
+
+
 def _deepseek(folder: Path) -> Path:
     return tiny.write_deepseek(folder)
 
@@ -129,6 +133,8 @@ def checkpoint_of(shared_folder: Path) -> Callable[[str], Path]:
     from sglang_w4afp8.tools.convert import convert_checkpoint
 
     def get(name: str) -> Path:
+        if name.endswith(ONLINE):
+            return get(name.removesuffix(ONLINE)).with_name(f"{name.removesuffix(ONLINE)}-source")
         folder = shared_folder / name
         with _only_one(folder):
             if not folder.exists():
@@ -149,6 +155,7 @@ def reference_of(
     """Name in ``SOURCES`` -> the judge's answers."""
 
     def get(name: str) -> Reference:
+        name = name.removesuffix(ONLINE)  # the codes are the converter's, so the answers are too
         answers = shared_folder / f"{name}.judge.json"
         with _only_one(answers):
             if not answers.exists():

@@ -17,8 +17,8 @@ pytest.importorskip("sglang")
 
 from safetensors.torch import load_file
 
+from sglang_w4afp8.checkpoint.act_scales import static_scale
 from sglang_w4afp8.testing import tiny
-from sglang_w4afp8.tools.act_scales import static_scale
 from sglang_w4afp8.tools.convert import convert_checkpoint
 from sglang_w4afp8.tools.inspect import inspect_checkpoint
 

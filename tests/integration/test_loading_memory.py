@@ -54,12 +54,37 @@ def expert_tensors() -> dict[str, torch.Tensor]:
     return cases.expert_tensors(SHAPE, PREFIX, input_scale=0.01)
 
 
-def build(tensors: dict[str, torch.Tensor], shape: cases.ExpertShape = SHAPE) -> Any:
+def fp8_expert_tensors(shape: cases.ExpertShape) -> dict[str, torch.Tensor]:
+    """One random FP8 matrix with 128x128 scales for each projection, shared by all experts."""
+    generator = torch.Generator().manual_seed(3)
+    made: dict[str, torch.Tensor] = {}
+    sizes = (shape.intermediate, shape.hidden)
+    for projection, (n, k) in {
+        "gate_proj": sizes,
+        "up_proj": sizes,
+        "down_proj": sizes[::-1],
+    }.items():
+        weight = torch.randn(n, k, generator=generator).to(torch.float8_e4m3fn)
+        scale = torch.full((n // 128, k // 128), 1e-3)
+        for expert in range(shape.experts):
+            made[f"{PREFIX}.{expert}.{projection}.weight"] = weight
+            made[f"{PREFIX}.{expert}.{projection}.weight_scale_inv"] = scale
+    return made
+
+
+FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def build(
+    tensors: dict[str, torch.Tensor],
+    shape: cases.ExpertShape = SHAPE,
+    quant: dict[str, Any] | None = None,
+) -> Any:
     from sglang_w4afp8.srt.config import ShardedW4AFp8Config
     from sglang_w4afp8.srt.virtual_ranks import load_experts
 
     return load_experts(
-        ShardedW4AFp8Config(QuantSpec()),
+        ShardedW4AFp8Config.from_config(quant) if quant else ShardedW4AFp8Config(QuantSpec()),
         tensors,
         PREFIX,
         num_experts=shape.experts,
@@ -92,6 +117,18 @@ def test_nothing_larger_than_a_slice_is_copied() -> None:
     assert max(seen.sizes, default=0) <= HIDDEN * 8 < slice_bytes
 
 
+def test_rounding_while_loading_takes_a_part_of_one_projection() -> None:
+    """FP8 in, INT4 out: nothing as large as a projection in float32 is ever made."""
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    tensors = fp8_expert_tensors(SHAPE)
+    with virtual_rank(3, TP), Allocations() as seen:
+        build(tensors, quant=FP8_CONFIG)
+    # The rank's 64 rows lie in a block of 128; float32 groups and codes are as large as each other.
+    window = 128 * HIDDEN * 4
+    assert window <= max(seen.sizes) <= 2 * window < HIDDEN * INTERMEDIATE
+
+
 def test_the_watch_would_see_a_whole_copy() -> None:
     tensors = expert_tensors()
     whole = tensors[f"{PREFIX}.0.down_proj.weight"]
@@ -105,8 +142,11 @@ def _status_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1])  # type: ignore[index]
 
 
-def _build_padded_layers() -> tuple[int, int, int, int]:
+def _build_layers(quant: dict[str, Any] | None) -> tuple[int, int, int, int]:
     """Build layers for the backend whose step after loading copies most.
+
+    Args:
+        quant: the checkpoint's ``quantization_config``, if it is to become W4AFP8 while loading.
 
     Returns:
         KiB: resident after the first layer, after all, the peak in between, and one layer's size.
@@ -125,11 +165,14 @@ def _build_padded_layers() -> tuple[int, int, int, int]:
         for expert in range(shape.experts)
         for name, tensor in one.items()
     }
+    if quant:
+        tensors = fp8_expert_tensors(shape)
+        os.environ["SGLANG_W4AFP8_LOAD_METHOD"] = "rtn"
     with virtual_rank(1, 8):
-        layers = [build(tensors, shape)]
+        layers = [build(tensors, shape, quant)]
         start = _status_kib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        layers += [build(tensors, shape) for _ in range(4)]
+        layers += [build(tensors, shape, quant) for _ in range(4)]
         end, peak = _status_kib("VmRSS"), _status_kib("VmHWM")
     held = sum(p.numel() * p.element_size() for p in layers[0].parameters()) // 1024
     return start, end, peak, held
@@ -138,10 +181,11 @@ def _build_padded_layers() -> tuple[int, int, int, int]:
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
 )
-def test_resident_memory_peaks_one_layer_above_the_result() -> None:
+@pytest.mark.parametrize("quant", [None, FP8_CONFIG], ids=["w4afp8", "fp8"])
+def test_resident_memory_peaks_one_layer_above_the_result(quant: dict[str, Any] | None) -> None:
     # A process of its own: resident memory is the process's, and earlier tests leave some.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        start, end, peak, layer = pool.submit(_build_padded_layers).result()
+        start, end, peak, layer = pool.submit(_build_layers, quant).result()
     result = start + 4 * layer
     assert end - start >= 3.5 * layer, "the layers are not resident, so nothing was measured"
     # A tenth for the allocator, which may keep a freed layer's memory for the next.

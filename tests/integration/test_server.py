@@ -68,6 +68,8 @@ EXACT = [
     Case("qwen", tp=4, ep=2),
     Case("qwen", tp=2),
     Case("qwen-group-32", tp=1),
+    Case("deepseek-online", tp=2),  # FP8, INT4 only in the server's memory
+    Case("qwen-online", tp=1),  # BF16, without any quantization config
 ]
 COARSE = [
     Case("deepseek", tp=1, dtype="bfloat16", activation="none"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_w4afp8.checkpoint.act_scales import load_amaxes, round_up_bf16, static_scale
 from sglang_w4afp8.checkpoint.index import INDEX_NAME, open_index
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.packing import has_minus_eight, pack_int4
@@ -22,7 +23,6 @@ from sglang_w4afp8.testing.checkpoints import (
     write_checkpoint,
     write_fp8,
 )
-from sglang_w4afp8.tools.act_scales import load_amaxes, round_up_bf16, static_scale
 from sglang_w4afp8.tools.convert import convert_checkpoint
 
 EXPERTS = "model.layers.1.mlp.experts"
