@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -29,6 +31,27 @@ def offset_words(packed: torch.Tensor) -> torch.Tensor:
     return packed.view(torch.uint8).bitwise_xor(0x88).view(torch.int32)
 
 
+REPACK = (
+    "sglang.jit_kernel.gptq_marlin_repack",
+    "sglang.kernels.ops.quantization.gptq_marlin_repack",
+)
+"""Where SGLang 0.5.16 and 0.5.23 keep it."""
+
+
+def repack_module() -> Any:
+    """The module that has ``gptq_marlin_repack``.
+
+    Raises:
+        ImportError: neither place has it.
+    """
+    for place in REPACK:
+        try:
+            return import_module(place)
+        except ModuleNotFoundError:
+            continue
+    raise ImportError(f"none of {', '.join(REPACK)}")
+
+
 class MarlinW4A16:
     """``fused_marlin_moe`` as SGLang's Marlin runner calls it."""
 
@@ -43,9 +66,7 @@ class MarlinW4A16:
         """Tiles of 64 along K."""
         if problem.intermediate_size % 64:
             return f"{problem.intermediate_size} columns on this rank are no multiple of 64"
-        return missing("sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe") or missing(
-            "sglang.jit_kernel.gptq_marlin_repack"
-        )
+        return missing("sglang.srt.layers.moe.fused_moe_triton.fused_marlin_moe")
 
     def prepare(
         self, problem: MoEProblem, weights: MoEWeights, all_experts: int, most_tokens: int
@@ -86,12 +107,10 @@ class MarlinW4A16:
 def _repack(
     packed: torch.Tensor, scales: torch.Tensor, k: int, rows: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from sglang.jit_kernel.gptq_marlin_repack import gptq_marlin_repack
     from sglang.srt.layers.quantization.marlin_utils import marlin_moe_permute_scales
 
+    repack = repack_module().gptq_marlin_repack
     no_order = torch.empty(0, dtype=torch.int32, device=packed.device)
-    words = torch.stack(
-        [gptq_marlin_repack(expert, no_order, k, rows, 4) for expert in gptq_words(packed)]
-    )
+    words = torch.stack([repack(expert, no_order, k, rows, 4) for expert in gptq_words(packed)])
     by_group = scales.to(torch.bfloat16).transpose(1, 2).contiguous()
     return words, marlin_moe_permute_scales(by_group, k, rows, group)
