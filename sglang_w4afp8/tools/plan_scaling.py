@@ -275,7 +275,12 @@ def run_scaling(model: Model, gpu: Gpu, *, as_json: bool) -> int:
     print(
         f"{model.name} on {gpu.title}: an ESTIMATE from data sheets, not a measurement. It leaves"
     )
-    print("out launch gaps, prefill and load imbalance: real servers are slower.\n")
+    print("out launch gaps, prefill and load imbalance: real servers are slower.")
+    if plan_rank(model, 1, 1, gpu).backend == "torch":
+        print(
+            f"It assumes a fast expert kernel, which this package has none of for {gpu.title} yet."
+        )
+    print()
     print(
         f"{'network':<8} {'tp':>3} {'batch':>6} {'weights read':>13} {'cache read':>11} "
         f"{'all-reduced':>13} {'read':>9} {'network':>9} {'ITL':>9} {'EP ITL':>9} {'tok/s/GPU':>10}"
