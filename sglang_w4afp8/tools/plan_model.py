@@ -259,6 +259,8 @@ def _build(
     name: str, source: str, config: Mapping[str, Any], text: Mapping[str, Any], attention: str
 ) -> Model:
     spec, states_block, is_w4afp8, notes = _quantization(dict(config), source)
+    if text is not config:
+        notes.append("the language model alone: encoders for other inputs are not counted")
     layers = int(text["num_hidden_layers"])
     experts = int(text["num_experts" if "num_experts" in text else "n_routed_experts"])
     dense = int(text.get("first_k_dense_replace", 0))
