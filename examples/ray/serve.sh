@@ -4,8 +4,9 @@
 # Needs:   pip install "sglang[ray]" on every node; ray start --head on the first, ray start
 #          --address=FIRST:6379 on the others; this script on the first node only.
 # Prints:  "Ray cluster (auto PG): 4 nodes, 8 GPUs/node", then as four-nodes-8gpu-tp32.sh.
-# Hangs:   waiting for a placement group: ray status shows which GPUs are missing. The launch
-#          command does not watch these nodes; Ray does.
+# Hangs:   waiting for a placement group: ray status shows which GPUs are missing. InvalidAuthToken:
+#          RAY_AUTH_MODE and the token must be those of ray start. The launch command does not
+#          watch these nodes; Ray does.
 #
 # Usage:   ray/serve.sh MODEL [argument of sglang.launch_server ...]
 set -euo pipefail
