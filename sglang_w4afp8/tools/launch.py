@@ -177,7 +177,7 @@ def _run_with_others(
 
     def hello(address: str) -> Hello:
         own = address if args.iface is None else _own_address(args.iface, place)
-        return Hello(place.rank or 0, socket.gethostname(), own, same)
+        return Hello(place.rank or 0, socket.gethostname(), own, os.getpid(), same)
 
     peers: Leader | Member
     if place.rank == 0:

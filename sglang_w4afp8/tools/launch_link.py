@@ -35,12 +35,14 @@ class Hello:
         rank: node rank.
         host: its host name.
         address: its IP address towards node 0.
+        pid: its launcher's process; two launchers of one machine are two.
         same: what has to be equal on all nodes, by name: versions, degrees, the model's config.
     """
 
     rank: int
     host: str
     address: str
+    pid: int
     same: dict[str, str]
 
     def __str__(self) -> str:

@@ -173,8 +173,8 @@ class Leader:
         if hello.rank == 0 or taken:
             other = taken[0] if taken else self._me
             return (
-                f"two nodes say that they are node {hello.rank}: {other.host} ({other.address}) "
-                f"and {hello.host} ({hello.address})",
+                f"two launchers say that they are node {hello.rank}: process {other.pid} of "
+                f"{other.host} ({other.address}) and {hello.pid} of {hello.host} ({hello.address})",
                 ["--node-rank R, another one on every node"],
             )
         mine, its = self._me.same, hello.same

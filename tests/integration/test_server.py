@@ -61,7 +61,7 @@ EXACT = [
     Case("deepseek-192-320", tp=8),
     Case("deepseek", tp=1, plain=True),
     Case("deepseek", tp=2),
-    Case("deepseek", tp=4),
+    # deepseek at tp=4: test_multi_node.py, over two nodes
     Case("deepseek", tp=4, ep=4),
     Case("qwen-176", tp=8),
     Case("qwen-176", tp=4),  # 352 columns a rank: 2.75 groups
