@@ -3,7 +3,8 @@
 #
 # Needs:   the same checkpoint path and the same versions on every node
 #          (sglang-w4afp8 doctor MODEL --cluster hosts.txt), and ports 4999, 5000 and those NCCL
-#          picks open between the nodes. RDMA pays.
+#          picks open between the nodes. RDMA pays. On Ada (L40S, L20) the experts run the torch
+#          reference: right, not fast (sglang-w4afp8 doctor; README, Limits).
 # Prints:  on each node "all nodes are here"; on node 0 a line with "MoE layers, tp=32" and at the
 #          end "The server is fired up and ready to roll!". Requests go to node 0, port 30000.
 # Hangs:   before "all nodes are here": every node says which one is missing, and why node 0 cannot
