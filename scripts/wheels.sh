@@ -4,11 +4,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(scripts/find_python.sh)
-versions=$(
-    ls requirements/sglang-*.txt | sed 's|.*/sglang-||; s|\.txt$||'
-    awk '{ print $2 }' patches/*/BASE
+mapfile -t versions < <(
+    {
+        for file in requirements/sglang-*.txt; do
+            file=${file##*/sglang-}
+            echo "${file%.txt}"
+        done
+        awk '{ print $2 }' patches/*/BASE
+    } | sort -u
 )
-for version in $(sort -u <<<"$versions"); do
+for version in "${versions[@]}"; do
     if ! compgen -G ".whl/sglang-$version-*.whl" >/dev/null; then
         echo "== .whl: SGLang $version"
         "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
