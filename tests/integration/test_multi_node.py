@@ -238,7 +238,7 @@ def check_clients(nodes: Nodes, model: Path, url: str) -> None:
             env=os.environ | {"NO_PROXY": "*"} | variables,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
