@@ -37,11 +37,11 @@ def needs_sglang() -> None:
     pytest.importorskip("sglang")
 
 
-def expert_tensors(intermediate: int) -> dict[str, torch.Tensor]:
+def expert_tensors(
+    intermediate: int, scales: cases.ScaleRange = cases.INT4_UNIT
+) -> dict[str, torch.Tensor]:
     shape = cases.ExpertShape(EXPERTS, HIDDEN, intermediate)
-    return cases.expert_tensors(
-        shape, PREFIX, seed=intermediate, scales=cases.INT4_UNIT, input_scale=SCALE
-    )
+    return cases.expert_tensors(shape, PREFIX, seed=intermediate, scales=scales, input_scale=SCALE)
 
 
 def oracle(
@@ -126,6 +126,35 @@ def test_ranks_add_up(
         expected = oracle(tensors, ActivationScheme(scheme), inputs, intermediate, tp)
         error = float((total - expected).norm() / expected.norm())
         assert error < TOLERANCE.get(backend, 8e-3), f"{tokens} tokens: {error:.2e}"
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize(("intermediate", "tp"), [(1536, 8), (2048, 1)])
+def test_negative_scales_and_the_sixteenth_code(
+    backend: str, intermediate: int, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``convert --method mse`` writes: scales of both signs, codes −8…7."""
+    from sglang_w4afp8.errors import BackendError
+    from sglang_w4afp8.packing import has_minus_eight
+    from sglang_w4afp8.srt.virtual_ranks import run_experts, virtual_rank
+
+    monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", backend)
+    tensors = expert_tensors(intermediate, cases.ScaleRange(0.6, -0.3, per_root_k=True))
+    gate = f"{PREFIX}.0.gate_proj.weight"
+    assert has_minus_eight(tensors[gate])
+    assert float(tensors[f"{gate}_scale_inv"].min()) < 0 < float(tensors[f"{gate}_scale_inv"].max())
+    inputs = routing(33)
+    total = torch.zeros(33, HIDDEN, dtype=torch.float64, device="cuda")
+    for rank in range(tp):
+        with virtual_rank(rank, tp):
+            try:
+                layer = build(tensors, intermediate, moe_activation=ActivationScheme.STATIC)
+            except BackendError as error:
+                pytest.skip(f"{backend} does not take it: {error.why}")
+            total += run_experts(layer, *inputs).double()
+    expected = oracle(tensors, ActivationScheme.STATIC, inputs, intermediate, tp)
+    error = float((total - expected).norm() / expected.norm())
+    assert error < TOLERANCE.get(backend, 8e-3), f"{error:.2e}"
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
