@@ -135,7 +135,27 @@ def scaling_table() -> str:
     return "\n".join(lines)
 
 
+def cutlass_table() -> str:
+    """SGLang's own W4AFP8 kernel at the shapes of ``benchmarks/results/moe-*.json``."""
+    lines = [
+        "| Shape | M | us | Device | SGLang | sglang-kernel | Commit | File |",
+        "|---|--:|--:|---|---|---|---|---|",
+    ]
+    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("moe-*.json")):
+        result = json.loads(path.read_text())
+        libraries = result.get("libraries", {})
+        for row in result["rows"]:
+            if row["provider"] == "sglang-cutlass" and row.get("us") is not None:
+                lines.append(
+                    f"| {row['shape']} | {row['m']} | {row['us']:.1f} | {result['device']} | "
+                    f"{libraries.get('sglang', '—')} | {libraries.get('sglang-kernel', '—')} | "
+                    f"`{result['commit']}` | `{path.name}` |"
+                )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "cutlass": ("../patches/cover-letter.md", cutlass_table),
     "variables": ("configuration.md", variables_table),
     "hooks": ("compatibility.md", hooks_table),
     "support": ("../README.md", support_table),

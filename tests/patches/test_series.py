@@ -60,6 +60,13 @@ def test_series_lists_every_file_in_order(release: str) -> None:
     assert len(listed) == (8 if release == "0.5.23" else 4)
 
 
+def test_every_patch_is_in_the_table() -> None:
+    text = (PATCHES / "README.md").read_text()
+    for release in RELEASES:
+        for path in files_of(release):
+            assert f"({path.parent.name}/{path.name})" in text
+
+
 @pytest.mark.parametrize("path", [p for r in RELEASES for p in files_of(r)], ids=lambda p: p.stem)
 def test_every_patch_can_be_reviewed(path: Path) -> None:
     """A header that says why, one concern, and tests with it."""
