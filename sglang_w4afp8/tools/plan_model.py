@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sglang_w4afp8.checkpoint.load_source import dense_source, read_load_source
 from sglang_w4afp8.checkpoint.names import mtp_layers, text_config
 from sglang_w4afp8.errors import ConfigError, ShardError
 from sglang_w4afp8.sharding import AxisShard, ExpertShard, LinearShard, nearest_divisors
@@ -114,7 +115,7 @@ class Model:
         linears: everything else that is quantised or large.
         spec: the quantization config.
         states_block: whether config.json itself names a ``weight_block_size``.
-        is_w4afp8: whether it is a W4AFP8 checkpoint already.
+        quant_method: config.json's; empty for an unquantised checkpoint.
         notes: what a reader should know.
         problems: what would keep the checkpoint from loading.
     """
@@ -141,9 +142,14 @@ class Model:
     linears: tuple[Linear, ...]
     spec: QuantSpec
     states_block: bool
-    is_w4afp8: bool = True
+    quant_method: str
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_w4afp8(self) -> bool:
+        """Whether it is a W4AFP8 checkpoint already."""
+        return self.quant_method == "w4afp8"
 
     @property
     def block(self) -> tuple[int, int]:
@@ -258,7 +264,7 @@ def model_from_config(name: str, source: str, config: Mapping[str, Any]) -> Mode
 def _build(
     name: str, source: str, config: Mapping[str, Any], text: Mapping[str, Any], attention: str
 ) -> Model:
-    spec, states_block, is_w4afp8, notes = _quantization(dict(config), source)
+    spec, states_block, method, notes = _quantization(dict(config), source)
     if text is not config:
         notes.append("the language model alone: encoders for other inputs are not counted")
     layers = int(text["num_hidden_layers"])
@@ -287,7 +293,7 @@ def _build(
         context=int(text["max_position_embeddings"]), experts=experts,
         top_k=int(text["num_experts_per_tok"]), expert_width=int(text["moe_intermediate_size"]),
         moe_layers=range(dense, layers), linears=(), spec=spec, states_block=states_block,
-        is_w4afp8=is_w4afp8, notes=notes,
+        quant_method=method, notes=notes,
     )  # fmt: skip
     linears = _mla(model, text) if is_mla else _gqa(model, head_dim)
     shared = int(text.get("n_shared_experts") or 0) * model.expert_width
@@ -298,18 +304,23 @@ def _build(
     return replace(model, linears=tuple(_with_format(x, spec) for x in linears))
 
 
-def _quantization(config: dict[str, Any], source: str) -> tuple[QuantSpec, bool, bool, list[str]]:
-    """Spec, whether it names a block, whether it is W4AFP8 already, notes."""
+def _quantization(config: dict[str, Any], source: str) -> tuple[QuantSpec, bool, str, list[str]]:
+    """Spec, whether config.json states a block, its quant_method, notes."""
     section = quant_section(config)
-    method = section.get("quant_method")
+    method = str(section.get("quant_method", ""))
+    states_block = bool(section.get("weight_block_size"))
     if method == "w4afp8":
-        stated = bool(section.get("weight_block_size"))
-        return QuantSpec.from_dict(section, source), stated, True, []
-    block = section.get("weight_block_size") if method == "fp8" else None
-    planned = f"not W4AFP8 ({method or 'unquantised'}): planned as sglang-w4afp8 convert writes it"
+        return QuantSpec.from_dict(section, source), states_block, method, []
+    why = ""
+    try:
+        spec = (read_load_source(section) if section else dense_source()).spec
+    except ConfigError as error:
+        spec, why = QuantSpec(weight_block_size=None), f" ({error.why})"
+    block = spec.weight_block_size
     linears = f"FP8 {block[0]}x{block[1]}" if block else "BF16"
-    spec = QuantSpec(weight_block_size=tuple(block) if block else None, origin=source)
-    return spec, bool(block), False, [f"{planned}: INT4 group 128, {linears} linears"]
+    ways = "by convert" + why if why else "while loading, or by convert"
+    planned = f"planned as it becomes {ways}: INT4 group {spec.group_size}, {linears} linears"
+    return spec, states_block, method, [f"not W4AFP8 ({method or 'unquantised'}): {planned}"]
 
 
 def _with_format(linear: Linear, spec: QuantSpec) -> Linear:

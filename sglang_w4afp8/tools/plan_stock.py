@@ -2,6 +2,7 @@
 
 The rules are those of SGLang 0.5.16 … 0.5.23, in the order in which a server meets them:
 
+0. ``ModelConfig._verify_quantization``: the checkpoint's method is another than ``w4afp8``;
 1. ``check_quantized_moe_compatibility`` (``moe_ep_setup.py``), only where config.json names a
    ``weight_block_size``;
 2. the loader's compute-capability gate (``model_loader/loader.py``; ``W4AFp8Config`` wants 9.0);
@@ -52,6 +53,11 @@ def stock_answer(model: Model, tp: int, ep: int, gpu: Gpu | None) -> Stock:
 
 def _before_loading(model: Model, tp: int, ep: int, gpu: Gpu | None) -> list[str]:
     found = []
+    if model.quant_method and not model.is_w4afp8:
+        found.append(
+            f"Quantization method specified in the model config ({model.quant_method}) does not "
+            "match the quantization method specified in the `quantization` argument (w4afp8)."
+        )
     columns = model.expert_width // (tp // ep)
     if model.states_block and columns % model.block[0]:
         found.append(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,17 @@ def test_the_check_before_loading(name: str) -> None:
                 assert not foretold, f"tp {tp} ep {ep}"
             except ValueError as error:
                 assert foretold and str(error).startswith(reasons[0])
+
+
+def test_a_checkpoint_of_another_method(tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_w4afp8.testing import tiny
+
+    folder = tiny.write_deepseek(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(str(folder), quantization="w4afp8")
+    assert stock_answer(find_model(str(folder)), 1, 1, None).reasons[0] == str(caught.value)
 
 
 def stock_experts(width: int, tp: int, group: int = 128) -> Any:

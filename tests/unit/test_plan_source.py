@@ -133,6 +133,23 @@ def test_what_headers_contradict(tmp_path: Path, small: dict[str, Any], capsys: 
     assert "BF16 in 1 layers" in out
 
 
+def test_sources_that_become_w4afp8_while_loading(tmp_path: Path, small: dict[str, Any]) -> None:
+    """Kimi-K2-Thinking's form keeps its groups of 32; asymmetric AWQ has to be converted."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 32}
+    small["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp.(gate|up).*"],
+    }  # fmt: skip
+    model = planned(tmp_path, small)
+    assert (model.spec.group_size, model.spec.weight_block_size) == (32, None)
+    assert "while loading" in model.notes[0]
+    small["quantization_config"] = {"quant_method": "awq", "zero_point": True}
+    model = planned(tmp_path, small)
+    assert (model.is_w4afp8, model.spec.group_size) == (False, 128)
+    assert "by convert (" in model.notes[0] and "zero point" in model.notes[0]
+
+
 def test_the_skip_list(tmp_path: Path, small: dict[str, Any]) -> None:
     section = {"modules_to_not_convert": ["model.layers.0", "o_proj", "mlp.gate", "lm_head"]}
     small["quantization_config"] |= section
