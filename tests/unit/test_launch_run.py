@@ -69,7 +69,7 @@ class Cluster:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG", "NCCL"))}
         environ |= {"PYTHONPATH": path, "CRASH": str(self.crash(rank)), **(env or {})}
         command = [sys.executable, "-m", "sglang_w4afp8.cli", "launch", "org/model", "--run"]
-        command += ["--tp", str(tp), "--host", f"127.0.0.{rank + 1}", "--wait", "20"]
+        command += ["--tp", str(tp), "--host", f"127.0.0.{rank + 1}", "--wait", "60"]
         command += ["--dist-port", str(self.port), "--port", str(self.port + 1)]
         if not env:
             command += ["--nnodes", str(nnodes), "--node-rank", str(rank)]
@@ -87,7 +87,7 @@ class Cluster:
         """A node's log."""
         return self.folder / f"node-{rank}.log"
 
-    def wait_for(self, text: str, *ranks: int, limit_s: float = 15.0) -> None:
+    def wait_for(self, text: str, *ranks: int, limit_s: float = 60.0) -> None:
         """Until the logs of these nodes contain a text."""
         deadline = time.monotonic() + limit_s
         while missing := [r for r in ranks if text not in self.log(r).read_text()]:
@@ -95,7 +95,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"no {text!r} from {missing}:\n{logs}"
             time.sleep(0.02)
 
-    def code(self, rank: int, limit_s: float = 15.0) -> int:
+    def code(self, rank: int, limit_s: float = 60.0) -> int:
         """A launcher's exit code."""
         return self.nodes[rank].wait(limit_s)
 
@@ -192,7 +192,7 @@ def test_a_killed_node_ends_the_other_by_name(nodes: Cluster) -> None:
     started = time.monotonic()
     nodes.nodes[1].kill()
     assert nodes.code(0) == 1
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     text = nodes.log(0).read_text()
     assert f"node 1 ({socket.gethostname()}, 127.0.0.1) is gone: its connection closed" in text
     assert "Ways out:" in text
@@ -229,11 +229,11 @@ def test_a_server_that_crashes_ends_the_others(nodes: Cluster) -> None:
 
 
 def test_a_machine_that_falls_silent_is_gone(nodes: Cluster) -> None:
-    nodes.start(0, "--peer-timeout", "1.5")
-    nodes.start(1, "--peer-timeout", "1.5")
+    nodes.start(0, "--peer-timeout", "2.5")
+    nodes.start(1, "--peer-timeout", "2.5")
     server_of(nodes, 0)
     server_of(nodes, 1)
-    time.sleep(2)
+    time.sleep(3)
     assert nodes.nodes[0].poll() is None, "beats were not enough to be alive"
     nodes.nodes[1].send_signal(signal.SIGSTOP)
     assert nodes.code(0) == 1
@@ -266,11 +266,12 @@ def test_a_second_signal_kills_a_server_that_does_not_end(nodes: Cluster) -> Non
 
 
 def test_a_missing_node_is_named_on_every_other(nodes: Cluster) -> None:
-    nodes.start(0, "--wait", "1", nnodes=3, tp=6)
     nodes.start(1, nnodes=3, tp=6)
+    nodes.wait_for("waiting for node 0 at 127.0.0.1", 1)
+    nodes.start(0, "--wait", "2.5", nnodes=3, tp=6)
     assert (nodes.code(0), nodes.code(1)) == (1, 1)
     for rank in range(2):
-        assert "node 2 did not come within 1 s" in nodes.log(rank).read_text()
+        assert "node 2 did not come within 2 s" in nodes.log(rank).read_text()
         assert "starting the server" not in nodes.log(rank).read_text()
 
 
