@@ -207,6 +207,11 @@ def test_one_server_over_two_nodes(
         assert reply.token_ids == reference.token_ids[prompt]
         assert reply.logprobs == pytest.approx(reference.logprobs[prompt], abs=LIMIT, rel=0)
 
+    with inside(nodes, 0):
+        new_tokens = len(reference.token_ids[1])
+        (again,) = server.generate([reference.prompts[1]], max_new_tokens=new_tokens)
+    assert again.cached_tokens > 0
+    assert again.token_ids == reference.token_ids[1]
     check_clients(nodes, model, server.url)
 
     text = [nodes.log(rank).read_text(errors="replace") for rank in range(2)]
