@@ -13,6 +13,7 @@ import torch
 from sglang_w4afp8.errors import CheckpointError
 
 INT4_MIN, INT4_MAX = -8, 7
+_SCAN_BYTES = 1 << 18
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -69,5 +70,9 @@ def has_minus_eight(packed: torch.Tensor) -> bool:
 
     Kernels that store a sign and a magnitude have no code for −8 and pick a slower conversion.
     """
-    byte = packed.view(torch.uint8)
-    return bool((((byte & 0x0F) == 0x08) | ((byte & 0xF0) == 0x80)).any())
+    flat = packed.reshape(-1).view(torch.uint8)
+    # A CPU stops at the first one, usually in the first piece; a GPU would wait for every answer.
+    for byte in flat.split(flat.numel() or 1 if packed.is_cuda else _SCAN_BYTES):
+        if bool((((byte & 0x0F) == 0x08) | ((byte & 0xF0) == 0x80)).any()):
+            return True
+    return False

@@ -52,3 +52,11 @@ def test_minus_eight_is_found_in_either_nibble(position: int) -> None:
     assert not has_minus_eight(pack_int4(codes))
     codes[position] = -8
     assert has_minus_eight(pack_int4(codes))
+
+
+def test_minus_eight_is_found_in_the_last_byte_of_a_large_tensor() -> None:
+    packed = torch.zeros(3, 200_001, dtype=torch.int8)
+    assert not has_minus_eight(packed)
+    packed[2, -1] = 0x08
+    assert has_minus_eight(packed)
+    assert not has_minus_eight(packed[:, :-1])
