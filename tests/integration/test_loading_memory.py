@@ -142,21 +142,27 @@ def _status_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", text)[1])  # type: ignore[index]
 
 
-def _build_layers(quant: dict[str, Any] | None) -> tuple[int, int, int, int]:
-    """Build layers for the backend whose step after loading copies most.
+def _build_layers(
+    backend: str, shape: cases.ExpertShape, tp: int, quant: dict[str, Any] | None
+) -> tuple[int, int, int, int]:
+    """Build layers for a backend that fills up (cutlass) or reorders (hopper) after loading.
 
     Args:
+        backend: its name.
+        shape: of the whole layer.
+        tp: rank 1 of so many, or the whole.
         quant: the checkpoint's ``quantization_config``, if it is to become W4AFP8 while loading.
 
     Returns:
         KiB: resident after the first layer, after all, the peak in between, and one layer's size.
     """
+    from sglang_w4afp8.kernels.hopper.backend import HopperBackend
     from sglang_w4afp8.srt import moe
     from sglang_w4afp8.srt.cutlass import CutlassBackend
     from sglang_w4afp8.srt.virtual_ranks import virtual_rank
 
-    moe.select = lambda problem: CutlassBackend()  # type: ignore[assignment]
-    shape = cases.ExpertShape(experts=64, hidden=2048, intermediate=1536)
+    chosen = {"cutlass": CutlassBackend, "hopper": HopperBackend}[backend]
+    moe.select = lambda problem: chosen()  # type: ignore[assignment]
     one = cases.expert_tensors(
         cases.ExpertShape(1, shape.hidden, shape.intermediate), PREFIX, input_scale=0.01
     )
@@ -168,7 +174,7 @@ def _build_layers(quant: dict[str, Any] | None) -> tuple[int, int, int, int]:
     if quant:
         tensors = fp8_expert_tensors(shape)
         os.environ["SGLANG_W4AFP8_LOAD_METHOD"] = "rtn"
-    with virtual_rank(1, 8):
+    with virtual_rank(min(1, tp - 1), tp):
         layers = [build(tensors, shape, quant)]
         start = _status_kib("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
@@ -181,13 +187,25 @@ def _build_layers(quant: dict[str, Any] | None) -> tuple[int, int, int, int]:
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
 )
-@pytest.mark.parametrize("quant", [None, FP8_CONFIG], ids=["w4afp8", "fp8"])
-def test_resident_memory_peaks_one_layer_above_the_result(quant: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize(
+    ("backend", "shape", "tp", "quant"),
+    [
+        ("cutlass", cases.ExpertShape(experts=64, hidden=2048, intermediate=1536), 8, None),
+        ("cutlass", cases.ExpertShape(experts=64, hidden=2048, intermediate=1536), 8, FP8_CONFIG),
+        # Few and large experts: whatever reordering one of them takes is a large part of a layer.
+        ("hopper", cases.ExpertShape(experts=8, hidden=2048, intermediate=2048), 1, None),
+    ],
+    ids=["w4afp8", "fp8", "reordered"],
+)
+def test_resident_memory_peaks_one_layer_above_the_result(
+    backend: str, shape: cases.ExpertShape, tp: int, quant: dict[str, Any] | None
+) -> None:
     # A process of its own: resident memory is the process's, and earlier tests leave some.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        start, end, peak, layer = pool.submit(_build_layers, quant).result()
+        start, end, peak, layer = pool.submit(_build_layers, backend, shape, tp, quant).result()
     result = start + 4 * layer
     assert end - start >= 3.5 * layer, "the layers are not resident, so nothing was measured"
+    print(f"layer: {layer} KiB, peak: {peak - result} KiB above the result")
     # A tenth for the allocator, which may keep a freed layer's memory for the next.
     assert peak - result <= 1.1 * layer, f"{peak - result} KiB above the result; layer: {layer}"
 

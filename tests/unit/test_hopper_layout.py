@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_w4afp8.kernels.hopper import layout
 from sglang_w4afp8.kernels.hopper.layout import StageShape, pad_to_tiles, shuffle_in_place
 from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.packing import pack_int4, unpack_int4
@@ -126,6 +127,21 @@ def test_kernel_reads_every_code_and_scale(
                             in_tile = pair // 8 * 16 + pair % 8 + half * 8
                             row = _checkpoint_row(tile, in_tile, rows, gate_up, shape.tiles)
                             assert flat[at + half] == wanted[1, row, step * groups + index]
+
+
+@pytest.mark.parametrize(("rows", "k", "group", "gate_up"), SHAPES)
+def test_piece_by_piece_is_the_same(
+    rows: int, k: int, group: int, gate_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the last block is a short one."""
+    packed = torch.randint(-128, 128, (2, rows, k // 2), dtype=torch.int8)
+    scales = torch.rand(2, rows, k // group).bfloat16()
+    whole, pieces = (packed.clone(), scales.clone()), (packed.clone(), scales.clone())
+    shuffle_in_place(*whole, gate_up, True)
+    monkeypatch.setattr(layout, "PIECE_BYTES", 1)
+    shuffle_in_place(*pieces, gate_up, True)
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
 
 
 def test_every_code_value_survives() -> None:

@@ -87,6 +87,10 @@ class StageShape:
         return -(-self.rows // (2 * self.tiles * ROW_TILE))
 
 
+PIECE_BYTES = 2**20
+"""Packed weights that are reordered at a time."""
+
+
 def _row_order(rows: int, gate_up: bool, tiles: int) -> torch.Tensor:
     """Checkpoint row of (row tile, warp, g, half), flat: ``(rows,)`` int64."""
     tile, warp, g, half = torch.meshgrid(
@@ -112,7 +116,11 @@ def _stage_order(tiles: torch.Tensor, shape: StageShape) -> torch.Tensor:
 
 
 def shuffle_expert(
-    packed: torch.Tensor, gate_up: bool, minus_eight: bool, shape: StageShape
+    packed: torch.Tensor,
+    gate_up: bool,
+    minus_eight: bool,
+    shape: StageShape,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One expert's weights in stage order.
 
@@ -121,14 +129,27 @@ def shuffle_expert(
         gate_up: gate rows then up rows (w13) rather than down (w2).
         minus_eight: use the code that can express −8.
         shape: of the projection.
+        out: ``(rows, K/2)`` uint8 for the result, not the memory of ``packed``.
 
     Returns:
         ``(rows, K/2)`` uint8.
     """
-    rows, k = shape.rows, shape.k
-    codes = unpack_int4(packed)[_row_order(rows, gate_up, shape.tiles).to(packed.device)]
+    out = torch.empty_like(packed, dtype=torch.uint8) if out is None else out
+    order = _row_order(shape.rows, gate_up, shape.tiles).to(packed.device)
+    # Blocks follow each other in the result, so a piece of whole blocks is a run of its rows.
+    block_rows = 2 * shape.tiles * ROW_TILE
+    rows = block_rows * max(1, PIECE_BYTES // (block_rows * shape.k // 2))
+    for start in range(0, shape.rows, rows):
+        piece = order[start : start + rows]
+        out[start : start + rows] = _convert(packed[piece], minus_eight, shape)
+    return out
+
+
+def _convert(packed: torch.Tensor, minus_eight: bool, shape: StageShape) -> torch.Tensor:
+    """Whole blocks, ``(rows, K/2)`` int8 with rows in stage order -> the same shape, uint8."""
+    rows, k = packed.shape[0], shape.k
     # k = 64 block + 16 j + 4 q + i, row = (tile, warp, g, half)
-    codes = codes.view(rows // ROW_TILE, 4, 8, 2, k // 64, 4, 4, 4)
+    codes = unpack_int4(packed).view(rows // ROW_TILE, 4, 8, 2, k // 64, 4, 4, 4)
     negative = codes < 0
     magnitude = torch.where(negative, -codes - 1, codes) if minus_eight else codes.abs()
     sign, size = negative.to(torch.uint8), magnitude.to(torch.uint8)
@@ -197,6 +218,9 @@ def shuffle_in_place(
 ) -> None:
     """Bring all experts of a projection into stage order, one after the other.
 
+    Beside the projection itself there is one expert's copy and what a piece of it needs on its way
+    (about 16 times ``PIECE_BYTES``).
+
     Args:
         packed: ``(E, rows, K/2)`` int8, contiguous; overwritten.
         scales: ``(E, rows, K/group)`` bfloat16, contiguous; overwritten.
@@ -206,6 +230,6 @@ def shuffle_in_place(
     k = packed.shape[2] * 2
     shape = StageShape.of(packed.shape[1], k, k // scales.shape[2])
     for expert in range(packed.shape[0]):
-        words = shuffle_expert(packed[expert], gate_up, minus_eight, shape)
-        packed[expert].copy_(words.view(torch.int8))
+        source, result = packed[expert].clone(), packed[expert].view(torch.uint8)
+        shuffle_expert(source, gate_up, minus_eight, shape, out=result)
         scales[expert].copy_(shuffle_expert_scales(scales[expert], gate_up, shape))
