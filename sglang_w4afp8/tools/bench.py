@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     moe.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     moe.add_argument("--routing", nargs="+", choices=tuple(ROUTINGS), default=["uniform"])
     moe.add_argument("--scheme", choices=("static", "dynamic_per_token"), default="static")
+    moe.add_argument(
+        "--codes",
+        type=int,
+        choices=(15, 16),
+        default=15,
+        help="15: −7 … 7, positive scales; 16: −8 … 7, scales of both signs (default: 15)",
+    )
     moe.add_argument("--provider", nargs="+", choices=tuple(PROVIDERS), help="only these")
     moe.add_argument("--replays", type=int, default=9)
     moe.add_argument("--weight-sets", type=int, default=2)
@@ -88,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": "sglang-w4afp8 bench " + " ".join(Path(word).name for word in words),
         "ceilings": None if options.check_only else asdict(ceilings),
         "scheme": options.scheme,
+        "codes": options.codes,
         "routings": {name: ROUTINGS[name] for name in options.routing},
         "rows": [],
     }

@@ -131,22 +131,43 @@ class Call:
     topk_ids: torch.Tensor
 
 
-def random_weights(shape: Shape, scheme: ActivationScheme, seed: int) -> MoEWeights:
-    """Codes −7 … 7 and group scales that keep every sum near 1; checkpoint order, on the GPU."""
-    g = torch.Generator("cuda").manual_seed(seed)
+def random_weights(
+    shape: Shape,
+    scheme: ActivationScheme,
+    seed: int,
+    codes_used: int = 15,
+    *,
+    device: str = "cuda",
+) -> MoEWeights:
+    """Random codes, and group scales that keep every sum near 1, in checkpoint order.
+
+    Args:
+        shape: of the layer.
+        scheme: of its activations.
+        seed: of the random numbers.
+        codes_used: 15 (−7 … 7, positive scales) or 16 (−8 … 7, scales of both signs, as the
+            converter writes by default).
+        device: for the tensors.
+    """
+    g = torch.Generator(device).manual_seed(seed)
+    lowest = 7 - codes_used + 1
 
     def codes(rows: int, k: int) -> torch.Tensor:
-        packed = torch.empty(shape.experts, rows, k // 2, dtype=torch.int8, device="cuda")
+        packed = torch.empty(shape.experts, rows, k // 2, dtype=torch.int8, device=device)
         for expert in packed:
-            values = torch.randint(-7, 8, (rows, k), generator=g, device="cuda", dtype=torch.int8)
+            size = (rows, k)
+            values = torch.randint(lowest, 8, size, generator=g, device=device, dtype=torch.int8)
             expert.copy_(pack_int4_unchecked(values))
         return packed
 
     def scales(rows: int, groups: int, k: int) -> torch.Tensor:
         size = (shape.experts, rows, groups)
-        return ((torch.rand(size, generator=g, device="cuda") + 0.5) * 0.25 / k**0.5).bfloat16()
+        scale = (torch.rand(size, generator=g, device=device) + 0.5) * 0.25 / k**0.5
+        if codes_used == 16:
+            scale *= torch.randint(0, 2, size, generator=g, device=device) * 2 - 1
+        return scale.bfloat16()
 
-    static = torch.tensor([0.015], device="cuda") if scheme is ActivationScheme.STATIC else None
+    static = torch.tensor([0.015], device=device) if scheme is ActivationScheme.STATIC else None
     inner, hidden = shape.inner, shape.hidden
     return MoEWeights(
         codes(2 * inner, hidden),

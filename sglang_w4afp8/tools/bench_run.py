@@ -56,7 +56,8 @@ class Measurement:
         self._shape = shape
         self._problem = shape.problem(self._scheme, torch.device("cuda"))
         count = self._options.weight_sets
-        self._sets = [random_weights(shape, self._scheme, seed) for seed in range(count)]
+        codes = self._options.codes
+        self._sets = [random_weights(shape, self._scheme, seed, codes) for seed in range(count)]
         self._calls: dict[tuple[str, int], list[Call]] = {}
         self._wanted: dict[tuple[str, int, int, ActivationScheme], torch.Tensor] = {}
         self._ours_us: dict[tuple[str, int], float] = {}

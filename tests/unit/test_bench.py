@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_w4afp8.packing import pack_int4
+from sglang_w4afp8.packing import pack_int4, unpack_int4
 from sglang_w4afp8.quantize.fp8 import quantize_fp8_block
 from sglang_w4afp8.reference import dequantize_fp8_block
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools import bench, bench_moe, bench_plot, bench_run
-from sglang_w4afp8.tools.bench_moe import Call, Ceilings, Shape, random_calls, shape_of
+from sglang_w4afp8.tools.bench_moe import (
+    Call,
+    Ceilings,
+    Shape,
+    random_calls,
+    random_weights,
+    shape_of,
+)
 
 SMALL = Shape("small", 16, 16, 64, 64, 64, 4)
 
@@ -117,6 +125,17 @@ def test_fp8_experts_are_the_dequantised_ones() -> None:
     assert 0.005 < relative < 0.04
 
 
+@pytest.mark.parametrize("codes", [15, 16])
+def test_random_weights_use_the_codes_asked_for(codes: int) -> None:
+    shape = replace(SMALL, group=32)
+    weights = random_weights(shape, ActivationScheme.STATIC, 0, codes, device="cpu")
+    for packed in (weights.w13, weights.w2):
+        found = unpack_int4(packed).unique().tolist()
+        assert found == list(range(-7 if codes == 15 else -8, 8))
+    for scale in (weights.w13_scale, weights.w2_scale):
+        assert bool((scale < 0).any()) == (codes == 16)
+
+
 class _Peer:
     """A provider that fails as told: a reason, an exception at some M, or wrong numbers."""
 
@@ -162,7 +181,7 @@ def measurement(monkeypatch: pytest.MonkeyPatch) -> bench_run.Measurement:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     options = argparse.Namespace(
         scheme="static", weight_sets=2, tokens=[1, 4], routing=["uniform"], replays=3,
-        peer_limit=None, check_only=False,
+        peer_limit=None, check_only=False, codes=15,
     )  # fmt: skip
     result = bench_run.Measurement(options, Ceilings(3000.0, 3000.0, 1500.0))
     result.load(SMALL)
