@@ -96,5 +96,21 @@ CACHE_DIR = Variable(
     (),
     "Where compiled kernels and tuning tables are kept; default `~/.cache/sglang-w4afp8`.",
 )
+SHARE_IMPORTS = Variable(
+    "SGLANG_W4AFP8_SHARE_IMPORTS",
+    "0",
+    _SWITCH,
+    "For tests on the CPU platform: 1 forks a server's ranks from one process that has imported "
+    "SGLang, instead of letting each import it.",
+)
 
-VARIABLES = (ENABLE, STRICT, MOE_BACKEND, ACTIVATION, LOAD_METHOD, ACT_SCALES, CACHE_DIR)
+VARIABLES = (
+    ENABLE,
+    STRICT,
+    MOE_BACKEND,
+    ACTIVATION,
+    LOAD_METHOD,
+    ACT_SCALES,
+    CACHE_DIR,
+    SHARE_IMPORTS,
+)

@@ -148,3 +148,28 @@ def test_a_server_that_never_gets_ready_is_stopped(fake, tmp_path):
 def test_free_ports_are_different():
     ports = launcher.free_ports(20)
     assert len(set(ports)) == 20
+
+
+@pytest.mark.parametrize(("shared", "method"), [("0", "spawn"), ("1", "forkserver")])
+def test_ranks_are_forked_only_when_asked_for(
+    shared: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's own call, on the platform and elsewhere."""
+    import multiprocessing
+
+    from sglang_w4afp8.testing import cpu_platform
+
+    calls: list[tuple[str | None, bool]] = []
+    monkeypatch.setattr(
+        multiprocessing, "set_start_method", lambda name, force=False: calls.append((name, force))
+    )
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", lambda modules: None)
+    monkeypatch.setenv("SGLANG_W4AFP8_SHARE_IMPORTS", shared)
+    monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cpu_platform.activate() is None
+    multiprocessing.set_start_method("spawn", force=True)
+    monkeypatch.setenv("SGLANG_PLATFORM", cpu_platform.NAME)
+    assert cpu_platform.activate() == cpu_platform.CLASS
+    multiprocessing.set_start_method("spawn", force=True)
+    assert calls == [("spawn", True), (method, True)]
