@@ -1,9 +1,7 @@
 """The examples' files: headers, shellcheck, and YAML against the schemas of what reads it.
 
 Kubernetes' and Compose's schemas come with ``kubernetes-validate`` and ``check-jsonschema``. For
-LeaderWorkerSet no package carries one, so its own fields (not the pod template, which is
-Kubernetes') are written down here after its API reference, v1, as far as the example uses them and
-closed against misspelt ones.
+LeaderWorkerSet no package carries one: ``scripts/lws_schema.py`` made it from its definition.
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-
-yaml = pytest.importorskip("yaml")
-jsonschema = pytest.importorskip("jsonschema")
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -103,44 +100,9 @@ def test_shellcheck_would_tell(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------- Kubernetes
 
-POD_TEMPLATE = {"type": "object", "required": ["spec"]}  # Kubernetes' own schema checks it
-LEADER_WORKER_SET: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["apiVersion", "kind", "metadata", "spec"],
-    "properties": {
-        "apiVersion": {"const": "leaderworkerset.x-k8s.io/v1"},
-        "kind": {"const": "LeaderWorkerSet"},
-        "metadata": {"type": "object", "required": ["name"]},
-        "spec": {
-            "type": "object",
-            "additionalProperties": False,
-            "required": ["leaderWorkerTemplate"],
-            "properties": {
-                "replicas": {"type": "integer", "minimum": 0},
-                "startupPolicy": {"enum": ["LeaderCreated", "LeaderReady"]},
-                "leaderWorkerTemplate": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "required": ["workerTemplate"],
-                    "properties": {
-                        "size": {"type": "integer", "minimum": 1},
-                        "restartPolicy": {
-                            "enum": [
-                                "Default",
-                                "RecreateGroupOnPodRestart",
-                                "RecreateGroupAfterStart",
-                                "None",
-                            ]
-                        },
-                        "leaderTemplate": POD_TEMPLATE,
-                        "workerTemplate": POD_TEMPLATE,
-                    },
-                },
-            },
-        },
-    },
-}
+LEADER_WORKER_SET = json.loads(
+    (Path(__file__).parent / "golden" / "leaderworkerset.schema.json").read_text()
+)
 
 
 def documents() -> dict[str, dict[str, Any]]:
