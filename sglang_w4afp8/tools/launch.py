@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -237,10 +238,9 @@ def _own_address(iface: str | None, place: Place) -> str:
 
 def _must_be_the_same(wanted: Wanted) -> dict[str, str]:
     """What nodes compare before they start, by the name that a message uses."""
-    arguments = "\0".join(word for f in launch_plan.node_flags(wanted, 0) for word in f.words)
     # Every node may listen on an address of its own and reach node 0 by another name.
-    for own in (wanted.host, str(wanted.port), wanted.master or ""):
-        arguments = arguments.replace(own, "", 1) if own else arguments
+    common = replace(wanted, host="", port=0, master="")
+    arguments = "\0".join(word for f in launch_plan.node_flags(common, 0) for word in f.words)
     return {
         "sglang-w4afp8": __version__,
         "sglang": _version("sglang"),

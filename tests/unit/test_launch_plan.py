@@ -11,7 +11,7 @@ import pytest
 
 from sglang_w4afp8 import cli
 from sglang_w4afp8.errors import ConfigError, HostError
-from sglang_w4afp8.tools import launch_plan, network
+from sglang_w4afp8.tools import launch, launch_plan, network
 from sglang_w4afp8.tools.launch_place import Place, expand_nodelist, find_place, read_hosts
 from sglang_w4afp8.tools.launch_plan import NodeCommand, Wanted
 
@@ -145,6 +145,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert launch_plan.join_port("fd00::1", 5000) == "[fd00::1]:5000"
     one = NodeCommand(0, "python3", launch_plan.node_flags(Wanted(model, tp=8), 0))
     assert not {"--nnodes", "--node-rank", "--dist-init-addr"} & set(one.command)
+
+
+def test_what_nodes_compare_leaves_out_what_is_a_nodes_own() -> None:
+    def told(port: int, host: str, master: str, *more: str) -> dict[str, str]:
+        wanted = Wanted("m", 32, nnodes=4, master=master, host=host, port=port, passed_on=more)
+        return launch._must_be_the_same(wanted)
+
+    # Ports that are part of other arguments too.
+    assert told(32, "a", "a") == told(5000, "b", "10.0.0.1") == told(30000, "0.0.0.0", "b")
+    assert told(32, "a", "a") != told(32, "a", "a", "--dtype", "float16")
 
 
 def test_what_is_printed_runs_as_it_stands(tmp_path: Path) -> None:
