@@ -154,7 +154,7 @@ def _run_node(wanted: Wanted, place: Place, args: argparse.Namespace) -> int:
         try:
             if args.iface:
                 network.interface_named(args.iface)
-            _check_gpus(wanted)
+            _check_node(wanted)
             if place.nnodes == 1:
                 node = _node(wanted, 0, None, None)
                 return _serve(node, launch_run.Alone(), signals, me, say)
@@ -258,8 +258,10 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _check_gpus(wanted: Wanted) -> None:
-    """Refuse a node with fewer GPUs than ranks; where there is no nvidia-smi SGLang decides.
+def _check_node(wanted: Wanted) -> None:
+    """Refuse a node with fewer GPUs than ranks, or without the checkpoint.
+
+    Where there is no nvidia-smi, SGLang decides about GPUs.
 
     Raises:
         HostError: too few GPUs, or the model's path leads nowhere.
@@ -273,14 +275,16 @@ def _check_gpus(wanted: Wanted) -> None:
         if visible is not None:
             count = min(count, len([name for name in visible.split(",") if name.strip()]))
         if done.returncode == 0 and count < a_node:
+            ways = ["sglang-w4afp8 doctor   tells why some are not seen"]
+            if visible is not None:
+                ways.insert(0, "unset CUDA_VISIBLE_DEVICES")
+            if count:  # the fewest nodes that hold all ranks, the same number each
+                ranks = next(n for n in range(count, 0, -1) if wanted.tp % n == 0)
+                ways = [f"--nnodes {wanted.tp // ranks}", f"--tp {count * wanted.nnodes}", *ways]
             raise HostError(
                 f"{count} GPUs on this node, --tp {wanted.tp} over {wanted.nnodes} nodes",
                 f"each of the {a_node} ranks of a node needs a GPU",
-                [
-                    f"--nnodes {-(-wanted.tp // max(1, count))}",
-                    f"--tp {max(1, count) * wanted.nnodes}",
-                    *(["unset CUDA_VISIBLE_DEVICES"] if visible is not None else []),
-                ],
+                ways,
             )
     if os.path.isabs(wanted.model) and not os.path.isdir(wanted.model):
         raise HostError(

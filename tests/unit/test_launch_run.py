@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from sglang_w4afp8 import cli
 from sglang_w4afp8.testing.server import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -350,4 +351,15 @@ def test_too_few_gpus(nodes: Cluster) -> None:
     nodes.start(0, tp=8, env={**place, "PATH": f"{nodes.folder}:{os.environ['PATH']}"})
     assert nodes.code(0) == 1
     assert "3 GPUs on this node, --tp 8 over 2 nodes" in nodes.log(0).read_text()
-    assert "--nnodes 3" in nodes.log(0).read_text()
+    assert "--nnodes 4" in nodes.log(0).read_text(), "3 nodes cannot share 8 ranks"
+    assert "--tp 6" in nodes.log(0).read_text()
+
+
+def test_a_checkpoint_that_is_not_on_this_node(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    assert cli.main(["launch", str(tmp_path / "R1"), "--tp", "1", "--run"]) == 1
+    text = capsys.readouterr().err
+    assert f"{tmp_path / 'R1'} is not on {socket.gethostname()}" in text
+    assert "copy or mount it there" in text
