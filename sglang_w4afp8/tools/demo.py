@@ -29,8 +29,10 @@ from sglang_w4afp8.tools.demo_answers import (
     compare,
     say,
 )
+from sglang_w4afp8.tools.versions import version_of
 
 TEXT = "Sharding is exact when"
+REPORTED = ("sglang-w4afp8", "sglang", "sglang-kernel", "torch", "transformers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +81,7 @@ def tell(
     # Paths of the machine have no place in a report.
     words = [word for word in sys.argv[1:] if "/" not in word and word not in ("--out", "--dir")]
     command = " ".join(["sglang-w4afp8", "demo", *[w for w in words if w != "demo"]])
-    story = Story(device, _versions(), command)
+    story = Story(device, {name: version_of(name) for name in REPORTED}, command)
     checkpoints = {}
     say(f"device: {device}")
     for name, source in write_checkpoints(folder).items():
@@ -246,18 +248,6 @@ def _gpu_name() -> str:
     import torch
 
     return torch.cuda.get_device_name(0)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("sglang-w4afp8", "sglang", "sglang-kernel", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def _cpu_environment() -> dict[str, str]:

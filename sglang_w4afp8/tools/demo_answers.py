@@ -26,7 +26,7 @@ class Served:
         token_ids: per prompt, the greedy continuation.
         logprobs: of those tokens.
         forced: per prompt, the logprob of each token of the judge's text after the ones before it.
-        text: an OpenAI-style completion of :data:`TEXT`.
+        text: an OpenAI-style completion of ``demo.TEXT``.
         streamed: the same, received as a stream and put together.
     """
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from sglang_w4afp8.errors import W4AFp8Error
 from sglang_w4afp8.tools import launch_plan, network
 from sglang_w4afp8.tools.doctor import FAIL, OK, WARN, Row
+from sglang_w4afp8.tools.versions import version_of
 
 VERBS = Path("/dev/infiniband")
 _INDEX = "model.safetensors.index.json"
@@ -52,14 +53,6 @@ def facts(model: str | None) -> dict[str, str]:
     if model is not None:
         found["MODEL's config.json"] = launch_plan.fingerprint(model) or "not a folder here"
     return found
-
-
-def version_of(distribution: str) -> str:
-    """An installed distribution's version."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus_and_driver() -> tuple[str, str]:

@@ -19,7 +19,6 @@ import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from sglang_w4afp8.tools.console import print_json
 from sglang_w4afp8.tools.launch_link import Hello, News
 from sglang_w4afp8.tools.launch_place import Place, find_place
 from sglang_w4afp8.tools.launch_plan import NodeCommand, Wanted
-from sglang_w4afp8.tools.rendezvous import Leader, Member
+from sglang_w4afp8.tools.rendezvous import Leader, Member, Say
+from sglang_w4afp8.tools.versions import version_of
 
 PASSES_ON = True
 """``cli`` splits the arguments at ``--`` and puts what follows into ``args.passed_on``."""
@@ -169,7 +169,7 @@ def _run_with_others(
     place: Place,
     args: argparse.Namespace,
     signals: launch_run.Signals,
-    say: Any,
+    say: Say,
 ) -> int:
     assert place.rank is not None and place.master is not None
     # One below torch's port; the ports above it are SGLang's with DP attention.
@@ -208,7 +208,7 @@ def _serve(
     peers: launch_run.Peers,
     signals: launch_run.Signals,
     me: str,
-    say: Any,
+    say: Say,
 ) -> int:
     say("starting the server:")
     print(node.shell(), flush=True)
@@ -243,19 +243,12 @@ def _must_be_the_same(wanted: Wanted) -> dict[str, str]:
     arguments = "\0".join(word for f in launch_plan.node_flags(common, 0) for word in f.words)
     return {
         "sglang-w4afp8": __version__,
-        "sglang": _version("sglang"),
+        "sglang": version_of("sglang"),
         "--nnodes": str(wanted.nnodes),
         "--tp": str(wanted.tp),
         "MODEL's config.json": launch_plan.fingerprint(wanted.model) or "not a folder here",
         "arguments": hashlib.sha256(arguments.encode()).hexdigest()[:12],
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _check_node(wanted: Wanted) -> None:
