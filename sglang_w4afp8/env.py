@@ -1,8 +1,7 @@
-"""Every environment variable this package reads, in one table.
+"""Every ``SGLANG_W4AFP8_*`` variable, in one table, and the only code that reads one.
 
-Nothing else in the package calls ``os.environ``; the table in ``docs/configuration.md`` is
-generated from :data:`VARIABLES`. Values are read when asked for, not at import, so a test or a
-launcher may set them late.
+The table in ``docs/configuration.md`` is generated from :data:`VARIABLES`. Values are read when
+asked for, not at import, so a test or a launcher may set them late.
 """
 
 from __future__ import annotations
