@@ -1,10 +1,9 @@
 """``sglang-w4afp8 doctor``: is this machine ready, and if not, which command cures it.
 
 Every row is ``[ok  ]``, ``[warn]`` or ``[FAIL]``; whatever is not ok names its cure. The probes are
-in ``doctor_probes`` (software) and ``doctor_machine``; ``doctor_cluster`` asks other nodes. Only
-the standard library is imported here and there at
-module level, and a probe that raises becomes a row, so the command works in the environments that
-need it most: broken ones.
+in ``doctor_probes`` (software) and ``doctor_machine``; ``doctor_cluster`` asks other nodes. At
+module level all four import the standard library only, and a probe that raises becomes a row, so
+the command works in the environments that need it most: broken ones.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         probes.append(functools.partial(doctor_machine.checkpoint, args.model))
     if args.cluster is not None:
-        python = args.remote_python or doctor_cluster.default_python()
+        python = args.remote_python or sys.executable
         probes.append(
             functools.partial(
                 doctor_cluster.check, args.cluster, args.model, python, quick=args.quick

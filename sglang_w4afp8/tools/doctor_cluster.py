@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,8 @@ _CONNECT_LIMIT_S = 15
 _LIMIT_S = 180
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_LIMIT_S}")
 _CURES = {
+    "Python": "make the environment anew with the other nodes' Python",
+    "NCCL": "pip install the same torch, which pins its NCCL",
     "sglang-w4afp8": "pip install --no-deps .   (in the same checkout of sglang-w4afp8)",
     "RoCE GID index": "export NCCL_IB_GID_INDEX=N   on each node; launch does so by itself",
     "MODEL's config.json": "rsync -a FIRST-NODE:MODEL/ MODEL/",
@@ -100,9 +101,14 @@ def compare(answers: Sequence[Answer]) -> Iterator[Row]:
         if len(groups) == 1:
             equal.append(f"{name} {next(iter(groups))}")
             continue
-        most = max(groups, key=lambda value: len(groups[value]))
+        cure = _CURES.get(name)
+        # What pip installs is cured where it is missing, even if that is on most nodes.
+        most = max(
+            groups,
+            key=lambda value: (cure is None and value[:1].isdigit(), len(groups[value])),
+        )
         others = [host for value, hosts in groups.items() if value != most for host in hosts]
-        cure = _CURES.get(name, f"pip install {name}=={most}")
+        cure = cure or f"pip install {name}" + (f"=={most}" if most[:1].isdigit() else "")
         yield Row(
             FAIL,
             f"same {name}",
@@ -152,8 +158,3 @@ def ask(host: str, words: Sequence[str]) -> Answer:
 
 def _silent(host: str, found: str, cure: str) -> Answer:
     return Answer(host, problem=Row(FAIL, host, found, cure))
-
-
-def default_python() -> str:
-    """The interpreter to ask on other nodes: this one's path."""
-    return sys.executable

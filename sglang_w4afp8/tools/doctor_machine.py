@@ -20,6 +20,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
+from sglang_w4afp8 import env
 from sglang_w4afp8.errors import W4AFp8Error
 from sglang_w4afp8.tools import launch_plan, network
 from sglang_w4afp8.tools.doctor import FAIL, OK, WARN, Row
@@ -138,7 +139,8 @@ def rdma() -> Iterator[Row]:
         if index is None:
             yield Row(WARN, "GID index", why, "export NCCL_IB_HCA=DEVICE,…   of one kind only")
         elif chosen and chosen != str(index):
-            valid = all(int(chosen) in p.gids for p in ports if p.is_active and p.is_roce)
+            active = [port for port in ports if port.is_active and port.is_roce]
+            valid = all(chosen in map(str, port.gids) for port in active)
             yield Row(
                 OK if valid else FAIL,
                 "GID index",
@@ -165,7 +167,7 @@ def rdma() -> Iterator[Row]:
 
 
 def processes() -> Iterator[Row]:
-    """Limits on processes and locked memory beside the open files."""
+    """Limits on processes, of this user and of this container."""
     _, most = resource.getrlimit(resource.RLIMIT_NPROC)
     if most != resource.RLIM_INFINITY and most < _ENOUGH_PROCESSES:
         yield Row(WARN, "processes", f"at most {most}", f"ulimit -u {_ENOUGH_PROCESSES}")
@@ -201,7 +203,7 @@ def clock() -> Iterator[Row]:
 def disk() -> Iterator[Row]:
     """Free space where kernels are compiled to."""
     wanted = {
-        "kernel cache": os.environ.get("SGLANG_W4AFP8_CACHE_DIR") or "~/.cache",
+        "kernel cache": env.CACHE_DIR.get() or "~/.cache",
         "temporary files": os.environ.get("TMPDIR") or "/tmp",
     }
     for topic, name in wanted.items():

@@ -58,8 +58,9 @@ def test_rdma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["GID index"].status == OK
     assert doctor_machine.facts(None)["RoCE GID index"] == "3"
 
-    monkeypatch.setenv("NCCL_IB_GID_INDEX", "1")
-    assert rows_of(doctor_machine.rdma)["GID index"].cure == "export NCCL_IB_GID_INDEX=3"
+    for wrong in ("1", "three"):
+        monkeypatch.setenv("NCCL_IB_GID_INDEX", wrong)
+        assert rows_of(doctor_machine.rdma)["GID index"].cure == "export NCCL_IB_GID_INDEX=3"
     monkeypatch.delenv("NCCL_IB_GID_INDEX")
     monkeypatch.setattr(doctor_machine, "VERBS", tmp_path / "nowhere")
     assert rows_of(doctor_machine.rdma)["RDMA"].status == FAIL
@@ -171,9 +172,15 @@ def test_nodes_that_differ_are_told_with_the_cure(
     ssh.write_text("a  # node 0\nb\nc\ndown\nbare\n")
     broken = {"status": "FAIL", "topic": "GPU", "found": "nvidia-smi: gone", "cure": "reboot"}
     change = {
-        "a": {"sglang": "0.5.16"},
-        "b": {"sglang": "0.5.99", "clock": 60},
-        "c": {"sglang": "0.5.16", "GPUs": "7 × NVIDIA L40S", "rows": [broken]},
+        "a": {"sglang": "0.5.16", "torch": "not installed"},
+        "b": {"sglang": "0.5.99", "clock": 60, "Python": "3.9", "torch": "2.9.1"},
+        "c": {
+            "sglang": "0.5.16",
+            "torch": "not installed",
+            "NCCL": "cu12 2.27.3",
+            "GPUs": "7 × NVIDIA L40S",
+            "rows": [broken],
+        },
     }
     monkeypatch.setenv("CHANGE", json.dumps(change))
     rows = ask(capsys, "--cluster", str(ssh), "/models/R1")
@@ -181,6 +188,11 @@ def test_nodes_that_differ_are_told_with_the_cure(
     assert rows["same sglang"].cure == "on b: pip install sglang==0.5.16"
     assert rows["same GPUs"].status == FAIL
     assert rows["same GPUs"].cure.startswith("on c: ")
+    assert rows["same torch"].cure == "on a, c: pip install torch==2.9.1"
+    assert rows["same Python"].cure == (
+        "on b: make the environment anew with the other nodes' Python"
+    )
+    assert rows["same NCCL"].cure.startswith("on c: pip install the same torch")
     assert rows["c: GPU"] == Row(FAIL, "c: GPU", "nvidia-smi: gone", "reboot")
     assert rows["b: clock"].status == WARN
     assert "+" in rows["b: clock"].found
@@ -188,7 +200,7 @@ def test_nodes_that_differ_are_told_with_the_cure(
     assert rows["down"].status == FAIL
     assert "ssh down true" in rows["down"].cure
     assert rows["bare"].found.startswith("sglang-w4afp8 is not installed there")
-    assert "Python" in rows["same on 3 nodes"].found
+    assert "transformers" in rows["same on 3 nodes"].found
     command = (ssh.parent / "a.command").read_text()
     assert command.endswith("-m sglang_w4afp8.cli doctor --json --quick /models/R1")
 
