@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sglang_w4afp8 import env
-from sglang_w4afp8.errors import ConfigError, ShardError
+from sglang_w4afp8.errors import BackendError, ConfigError, ShardError
 from sglang_w4afp8.tools.console import human_bytes, print_json
 from sglang_w4afp8.tools.plan_gpus import GPUS, Gpu, find_gpu
 from sglang_w4afp8.tools.plan_model import Model
@@ -103,14 +103,7 @@ def make_plan(model: Model, layout: Layout) -> Plan:
         nearest = sorted(degrees, key=lambda tp: abs(tp - layout.tp))[:2]
         ways = [f"--tp {tp}" for tp in nearest]
         raise ShardError(error.found, error.why, ways or list(error.ways)) from None
-    smallest = next(
-        (
-            tp
-            for tp in degrees
-            if _kv(model, replace(layout, tp=tp)).tokens >= (layout.context or model.context)
-        ),
-        None,
-    )
+    smallest = next((tp for tp in degrees if _fits(model, replace(layout, tp=tp))), None)
     return Plan(
         model=model,
         layout=layout,
@@ -123,6 +116,14 @@ def make_plan(model: Model, layout: Layout) -> Plan:
         ),
         smallest_fit=smallest,
     )
+
+
+def _fits(model: Model, layout: Layout) -> bool:
+    """Whether a layout leaves room for one sequence; a forced backend may rule it out."""
+    try:
+        return _kv(model, layout).tokens >= (layout.context or model.context)
+    except BackendError:
+        return False
 
 
 def _kv(model: Model, layout: Layout, rank: RankPlan | None = None) -> KvPlan:

@@ -241,3 +241,11 @@ def test_the_server_s_variables_count(monkeypatch: pytest.MonkeyPatch, capsys: A
     monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", "hopper")
     code, _, err = call(capsys, "deepseek-r1", "--gpu", "h200")
     assert code == 1 and "SGLANG_W4AFP8_MOE_BACKEND=hopper" in err
+
+
+def test_a_forced_backend_counts_only_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLM-4.5-Air: 352 columns at TP 4 suit it, 176 at TP 8 do not; a sequence fits at neither."""
+    monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", "hopper")
+    small = replace(GPUS["h100"], memory_mib=20 * 1024)
+    found = make_plan(find_model("GLM-4.5-Air"), Layout(4, 1, 1, small))
+    assert (found.rank.backend, found.smallest_fit) == ("hopper", None)
