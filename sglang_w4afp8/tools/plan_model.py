@@ -193,7 +193,10 @@ class Model:
                 [f"--ep {d}" for d in nearest_divisors(self.experts, ep)] if self.experts % ep
                 else [f"--tp {self.experts}"],
             )  # fmt: skip
-        for what, count in (("num_attention_heads", self.heads), ("padded vocabulary", self._pad)):
+        for what, count in (
+            ("num_attention_heads", self.heads),
+            ("padded vocabulary", self.padded_vocab),
+        ):
             if count % tp:
                 raise ShardError(
                     f"{what} {count} over {tp} tensor-parallel ranks",
@@ -224,13 +227,9 @@ class Model:
         return found
 
     @property
-    def _pad(self) -> int:
-        return -(-self.vocab // VOCAB_PADDING) * VOCAB_PADDING
-
-    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding as SGLang allocates it."""
-        return self._pad
+        return -(-self.vocab // VOCAB_PADDING) * VOCAB_PADDING
 
 
 def model_from_config(name: str, source: str, config: Mapping[str, Any]) -> Model:
