@@ -12,12 +12,14 @@ Multiplying. ``2 · active parameters · B / tp`` operations at :data:`MATH_SHAR
 step takes the longer of reading and multiplying.
 
 Exchanging. Two all-reduces a layer (after attention, after the MLP or the experts) and one for the
-embedding, each of ``B · hidden`` BF16 numbers. Time of one is NCCL's own cost model
+embedding, each of ``B · hidden`` BF16 numbers. Time of one is NCCL's cost model, simplified
 (``src/graph/tuning.cc``): base latency, plus steps times latency per hop, plus bytes over bus
 bandwidth; ring: ``2 (n − 1)`` steps, ``2 · nodes`` of them between machines, ``2 (n − 1) / n`` of
 the bytes; tree: ``2 ((n / nodes − 1) + log2 nodes)`` steps, twice the bytes; protocols LL, LL128;
 in one NVLink domain from Hopper on also the switch's own reduction (NVLS), the bytes once; the
-cheapest counts. SGLang's all-reduce kernels for up to 8 GPUs of a machine are faster than that.
+cheapest counts. Left out: NCCL's correction factors, its protocol Simple, and that by default it
+keeps LL128 to NVLink; over PCIe large messages take longer than this says. SGLang's all-reduce
+kernels for up to 8 GPUs of a machine are faster than that.
 Then the logits' all-gather, ``B · vocabulary`` BF16 numbers.
 
 Expert parallelism with data-parallel attention, for comparison: a rank holds attention, shared
@@ -270,12 +272,14 @@ def run_scaling(model: Model, gpu: Gpu, *, as_json: bool) -> int:
     """Print :func:`table`; always 0."""
     rows = table(model, gpu)
     if as_json:
-        print_json({"model": model.name, "estimate": True, "published": PUBLISHED, "rows": rows})
+        head = {"model": model.name, "estimate": True, "context_tokens": CONTEXT}
+        print_json(head | {"published": PUBLISHED, "rows": rows})
         return 0
     print(
         f"{model.name} on {gpu.title}: an ESTIMATE from data sheets, not a measurement. It leaves"
     )
     print("out launch gaps, prefill and load imbalance: real servers are slower.")
+    print(f"Each sequence has {CONTEXT} tokens of context.")
     if plan_rank(model, 1, 1, gpu).backend == "torch":
         print(
             f"It assumes a fast expert kernel, which this package has none of for {gpu.title} yet."

@@ -113,8 +113,9 @@ def test_expert_parallelism_by_hand() -> None:
 def test_the_command_says_that_it_estimates(capsys: Any) -> None:
     assert cli.main(["plan", "deepseek-r1", "--scaling", "--gpu", "l40s"]) == 0
     out = capsys.readouterr().out
+    assert "300 tokens of context" in out
     assert "ESTIMATE" in out and "473 output tok/s" in out and "does not fit" in out
     assert cli.main(["plan", "deepseek-r1", "--scaling", "--gpu", "l40s", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["estimate"] is True
+    assert made["estimate"] is True and made["context_tokens"] == 300
     assert {row["fabric"] for row in made["rows"]} == {"pcie"}
