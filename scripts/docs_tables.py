@@ -17,7 +17,8 @@ from sglang_w4afp8 import env
 from sglang_w4afp8.hooks import HOOKS
 from sglang_w4afp8.kernels.support import support_table
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 
 
 def variables_table() -> str:
@@ -46,7 +47,7 @@ def served_table() -> str:
         "Mean over a given text |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("serve-*.json")):
+    for path in sorted(RESULTS.glob("serve-*.json")):
         result = json.loads(path.read_text())
         for model, runs in result["served"].items():
             for run in runs:
@@ -63,16 +64,16 @@ def served_table() -> str:
     return "\n".join(lines)
 
 
-def moe_results() -> list[dict[str, Any]]:
-    """``benchmarks/results/moe-*.json``, the named shapes in the order of their numbers."""
-    files = (DOCS.parent / "benchmarks" / "results").glob("moe-*.json")
+def moe_results() -> dict[str, dict[str, Any]]:
+    """``benchmarks/results/moe-*.json`` by file name, shapes in the order of their numbers."""
+    files = RESULTS.glob("moe-*.json")
     ordered = sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
-    return [json.loads(path.read_text()) for path in ordered]
+    return {path.name: json.loads(path.read_text()) for path in ordered}
 
 
 def peers_table() -> str:
     """Every kernel's microseconds in one run, and how many times ours that is."""
-    results = moe_results()
+    results = moe_results().values()
     timed = [row for result in results for row in result["rows"] if row.get("us") is not None]
     names = list(dict.fromkeys(row["provider"] for row in timed))
     lines = [
@@ -96,7 +97,7 @@ def kernels_table() -> str:
         "| Device | Shape | Routing | M | us | ± us | GB/s | TFLOPS | % of read |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for result in moe_results():
+    for result in moe_results().values():
         for row in result["rows"]:
             if row["provider"] != "ours" or row.get("us") is None:
                 continue
@@ -115,7 +116,7 @@ def scaling_table() -> str:
         "with EP, ms | tok/s per GPU |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    path = DOCS.parent / "benchmarks" / "results" / "scaling-on-paper.json"
+    path = RESULTS / "scaling-on-paper.json"
     rows = {
         (row["gpu"], row["fabric"], row["tp"], row["batch"]): row
         for row in json.loads(path.read_text())["rows"]
@@ -141,15 +142,14 @@ def cutlass_table() -> str:
         "| Shape | M | us | Device | SGLang | sglang-kernel | Commit | File |",
         "|---|--:|--:|---|---|---|---|---|",
     ]
-    for path in sorted((DOCS.parent / "benchmarks" / "results").glob("moe-*.json")):
-        result = json.loads(path.read_text())
+    for name, result in moe_results().items():
         libraries = result.get("libraries", {})
         for row in result["rows"]:
             if row["provider"] == "sglang-cutlass" and row.get("us") is not None:
                 lines.append(
                     f"| {row['shape']} | {row['m']} | {row['us']:.1f} | {result['device']} | "
                     f"{libraries.get('sglang', '—')} | {libraries.get('sglang-kernel', '—')} | "
-                    f"`{result['commit']}` | `{path.name}` |"
+                    f"`{result['commit']}` | `{name}` |"
                 )
     return "\n".join(lines)
 
