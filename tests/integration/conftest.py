@@ -14,10 +14,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_w4afp8.testing import tiny
+from sglang_w4afp8.tools.plan_model import Linear
 
 NEW_TOKENS = 16
 # The second is longer than 64 tokens, for a radix-cache hit worth the name.
@@ -101,6 +103,40 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def sglang_linear() -> Callable[..., Any]:
+    """A linear of ``plan`` -> the layer that SGLang's models build for it, without memory.
+
+    To be called within ``virtual_rank``; ``quant_config`` and ``prefix`` are the layer's.
+    """
+    import torch
+    from sglang.srt.layers import linear as layers
+
+    def build(linear: Linear, quant_config: Any, prefix: str) -> Any:
+        common = {
+            "bias": False,
+            "quant_config": quant_config,
+            "prefix": prefix,
+            "params_dtype": torch.bfloat16,
+        }
+        columns, rows = linear.columns, linear.rows
+        with torch.device("meta"):
+            if linear.cut == "columns":
+                return layers.RowParallelLinear(columns, rows[0], **common)
+            if linear.cut == "none":
+                return layers.ReplicatedLinear(columns, sum(rows), **common)
+            if linear.kv_heads:
+                head = rows[1] // linear.kv_heads
+                return layers.QKVParallelLinear(
+                    columns, head, rows[0] // head, linear.kv_heads, **common
+                )
+            if len(rows) > 1:
+                return layers.MergedColumnParallelLinear(columns, list(rows), **common)
+            return layers.ColumnParallelLinear(columns, rows[0], **common)
+
+    return build
 
 
 @pytest.fixture(scope="session")

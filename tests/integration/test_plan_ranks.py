@@ -27,32 +27,16 @@ def parameter_bytes(layer: torch.nn.Module) -> int:
     return sum(p.nbytes for name, p in named.items() if not name.endswith("input_scale"))
 
 
-def our_linear(linear: Linear, config: Any) -> Any:
-    from sglang.srt.layers import linear as layers
-
-    common = {
-        "bias": False,
-        "quant_config": config if linear.fp8 else None,
-        "prefix": f"model.layers.{linear.layers.start}.{linear.path}",
-        "params_dtype": torch.bfloat16,
-    }
-    if linear.cut == "columns":
-        return layers.RowParallelLinear(linear.columns, linear.rows[0], **common)
-    if linear.cut == "none":
-        return layers.ReplicatedLinear(linear.columns, sum(linear.rows), **common)
-    if linear.kv_heads:
-        head = linear.rows[1] // linear.kv_heads
-        return layers.QKVParallelLinear(
-            linear.columns, head, linear.rows[0] // head, linear.kv_heads, **common
-        )
-    if len(linear.rows) > 1:
-        return layers.MergedColumnParallelLinear(linear.columns, list(linear.rows), **common)
-    return layers.ColumnParallelLinear(linear.columns, linear.rows[0], **common)
+def prefix_of(linear: Linear) -> str:
+    """Its name in the first layer that has it."""
+    return f"model.layers.{linear.layers.start}.{linear.path}"
 
 
 @pytest.mark.parametrize("name", [entry["names"][0] for entry in built_in()])
 @pytest.mark.parametrize(("tp", "ep"), [(8, 1), (32, 1), (32, 8)])
-def test_bytes_are_those_of_the_layers(name: str, tp: int, ep: int) -> None:
+def test_bytes_are_those_of_the_layers(
+    name: str, tp: int, ep: int, sglang_linear: Callable[..., Any]
+) -> None:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
 
     from sglang_w4afp8.srt import cpu_fp8
@@ -71,7 +55,10 @@ def test_bytes_are_those_of_the_layers(name: str, tp: int, ep: int) -> None:
             top_k=model.top_k, params_dtype=torch.bfloat16, quant_config=config,
             prefix=f"model.layers.{model.moe_layers.start}.mlp.experts",
         )  # fmt: skip
-        linears = [(linear, our_linear(linear, config)) for linear in model.linears]
+        linears = [
+            (linear, sglang_linear(linear, config if linear.fp8 else None, prefix_of(linear)))
+            for linear in model.linears
+        ]
     up, down = rows["experts gate, up"], rows["experts down"]
     assert up.nbytes + down.nbytes == len(model.moe_layers) * parameter_bytes(experts)
     assert (up.copies, *up.local_shape[:1]) == experts.w13_weight.shape[:2]

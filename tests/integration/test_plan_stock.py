@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import product
@@ -19,7 +19,7 @@ pytest.importorskip("sglang")
 from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.testing import cases
 from sglang_w4afp8.tools.plan_gpus import GPUS
-from sglang_w4afp8.tools.plan_model import Linear, Model
+from sglang_w4afp8.tools.plan_model import Model
 from sglang_w4afp8.tools.plan_ranks import default_mem_fraction, plan_kv
 from sglang_w4afp8.tools.plan_source import built_in, find_model
 from sglang_w4afp8.tools.plan_stock import block_refusal, lost_columns, stock_answer
@@ -46,42 +46,19 @@ def quiet_cpu_fp8() -> Iterator[None]:
     logger.setLevel(before)
 
 
-def stock_linear(linear: Linear, rank: int, tp: int) -> Any:
-    """The layer that SGLang builds for it, under its own config, without memory."""
-    from sglang.srt.layers import linear as layers
+@pytest.mark.parametrize("name", MODELS)
+def test_linears_are_refused_as_foretold(name: str, sglang_linear: Callable[..., Any]) -> None:
     from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
 
     from sglang_w4afp8.srt.virtual_ranks import virtual_rank
 
-    common = {
-        "bias": False,
-        "quant_config": W4AFp8Config(),
-        "prefix": linear.path,
-        "params_dtype": torch.bfloat16,
-    }
-    with virtual_rank(rank, tp), torch.device("meta"):
-        if linear.cut == "columns":
-            return layers.RowParallelLinear(linear.columns, linear.rows[0], **common)
-        if linear.cut == "none":
-            return layers.ReplicatedLinear(linear.columns, sum(linear.rows), **common)
-        if linear.kv_heads:
-            head = linear.rows[1] // linear.kv_heads
-            return layers.QKVParallelLinear(
-                linear.columns, head, linear.rows[0] // head, linear.kv_heads, **common
-            )
-        if len(linear.rows) > 1:
-            return layers.MergedColumnParallelLinear(linear.columns, list(linear.rows), **common)
-        return layers.ColumnParallelLinear(linear.columns, linear.rows[0], **common)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_linears_are_refused_as_foretold(name: str) -> None:
     model = find_model(name)
     for tp in [tp for tp in DEGREES if tp in model.degrees()]:
         for linear in model.linears:
             refusal = None
             try:
-                layer = stock_linear(linear, tp - 1, tp)
+                with virtual_rank(tp - 1, tp):
+                    layer = sglang_linear(linear, W4AFp8Config(), linear.path)
             except ValueError as error:
                 refusal = str(error)
             assert block_refusal(linear, tp) == refusal, f"{linear.path} at tp {tp}"
