@@ -147,6 +147,43 @@ def test_scales_that_are_no_bf16_numbers_would_not_load(checkpoints: dict[str, P
         stock_layer(folder, tensors)
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_scales_of_smaller_groups_are_refused(checkpoints: dict[str, Path], group: int) -> None:
+    folder = checkpoints["deepseek"]
+    tensors = tensors_of(folder)
+    for name, tensor in tensors.items():
+        if ".experts." in name and name.endswith("weight_scale_inv"):
+            tensors[name] = tensor.repeat_interleave(128 // group, 1)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        stock_layer(folder, tensors)
+
+
+def test_bf16_linears_are_cast_without_a_word() -> None:
+    """All but plain column-parallel ones; the scales stay what the memory held."""
+    from sglang.srt.layers import linear as layers
+    from sglang.srt.layers.quantization.w4afp8 import W4AFp8Config
+
+    from sglang_w4afp8.srt import cpu_fp8
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    cpu_fp8.install()
+    options = {"bias": False, "quant_config": W4AFp8Config(), "params_dtype": torch.bfloat16}
+    weight = torch.randn(256, 256, dtype=torch.bfloat16)
+    with virtual_rank(0, 1):
+        column = layers.ColumnParallelLinear(256, 256, prefix="q_b_proj", **options)
+        cast = {
+            layers.RowParallelLinear(256, 256, prefix="o_proj", **options): (),
+            layers.ReplicatedLinear(256, 256, prefix="q_a_proj", **options): (),
+            layers.MergedColumnParallelLinear(256, [256] * 2, prefix="mlp", **options): (0,),
+            layers.QKVParallelLinear(256, 128, 2, 2, prefix="qkv_proj", **options): ("q",),
+        }
+    with pytest.raises(ValueError, match="Downcasting not allowed"):
+        column.weight.weight_loader(column.weight, weight)
+    for layer, shard in cast.items():
+        layer.weight.weight_loader(layer.weight, weight, *shard)
+        assert torch.equal(layer.weight[:256].float(), weight.to(torch.float8_e4m3fn).float())
+
+
 @pytest.mark.parametrize("model", ["deepseek", "qwen"])
 @pytest.mark.parametrize("style", ["config.json", "hf_quant_config.json"])
 def test_detection(checkpoints: dict[str, Path], tmp_path: Path, model: str, style: str) -> None:
