@@ -38,10 +38,9 @@ LIBRARIES = (
 )  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of ``bench``."""
-    result = argparse.ArgumentParser(prog="sglang-w4afp8 bench", description=__doc__)
-    kinds = result.add_subparsers(dest="kind", required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    kinds = parser.add_subparsers(dest="kind", required=True)
     moe = kinds.add_parser("moe", help="one MoE layer, routing output in, combined BF16 out")
     moe.add_argument(
         "--shape", nargs="+", type=shape_of, default=[SHAPES["r1-tp8"]],
@@ -68,11 +67,10 @@ def parser() -> argparse.ArgumentParser:
     plot = kinds.add_parser("plot", help="draw a result file: latency over tokens")
     plot.add_argument("result", type=Path)
     plot.add_argument("png", type=Path)
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench.
+    """``python -m sglang_w4afp8.tools.bench``: the command without ``sglang-w4afp8`` around it.
 
     Args:
         argv: arguments after ``bench``; None takes ``sys.argv``.
@@ -80,11 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(words)
-    if options.kind == "plot":
-        draw(json.loads(options.result.read_text()), options.png)
-        return 0
+    parser = argparse.ArgumentParser(prog="sglang-w4afp8 bench", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; 1 if a kernel was wrong or there is no GPU."""
+    return {"moe": _moe, "plot": _plot}[options.kind](options)
+
+
+def _plot(options: argparse.Namespace) -> int:
+    draw(json.loads(options.result.read_text()), options.png)
+    return 0
+
+
+def _moe(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("sglang-w4afp8 bench moe: no CUDA device is visible to torch", file=sys.stderr)
         return 1
@@ -92,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = Ceilings(1.0, 1.0, 1.0) if options.check_only else measure_ceilings()
     report: dict[str, Any] = {
         **environment(options.commit),
-        "command": "sglang-w4afp8 bench " + " ".join(Path(word).name for word in words),
+        "command": _command(sys.argv[1:]),
         "ceilings": None if options.check_only else asdict(ceilings),
         "scheme": options.scheme,
         "codes": options.codes,
@@ -104,6 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for shape in options.shape:
         _bench_shape(shape, options, Measurement(options, ceilings), report)
     return 1 if any(row.get("wrong") for row in report["rows"]) else 0
+
+
+def _command(words: Sequence[str]) -> str:
+    """As it would be typed, without the folders of this machine."""
+    own = words[1:] if words[:1] == ["bench"] else words
+    return "sglang-w4afp8 bench " + " ".join(Path(word).name for word in own)
 
 
 def environment(commit: str | None) -> dict[str, Any]:

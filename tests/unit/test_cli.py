@@ -34,11 +34,18 @@ def test_wrong_use_is_two(words, capsys):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "resize-blocks", "verify"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
+    assert f"usage: sglang-w4afp8 {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "resize-blocks", "verify"])
+def test_answers_for_machines(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
     assert "--json" in capsys.readouterr().out
 
 

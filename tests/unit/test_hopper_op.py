@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from sglang_w4afp8.kernels.hopper import backend
+from sglang_w4afp8.kernels.hopper import backend, launch
+from sglang_w4afp8.kernels.hopper.plan import Layer, Limits
 from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.sharding import AxisShard
@@ -15,7 +18,13 @@ from sglang_w4afp8.spec import ActivationScheme
 class Block(torch.nn.Module):
     """Work around one expert layer, as in a decoder block."""
 
-    def __init__(self, hidden: int, full_inner: int, scheme: ActivationScheme) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        full_inner: int,
+        scheme: ActivationScheme,
+        limits: Limits = Limits(8, 256),  # noqa: B008
+    ) -> None:
         super().__init__()
         columns = AxisShard.even(full_inner, 128, 0, 8)
         self.problem = MoEProblem(4, hidden, columns, 128, 2, scheme, Device("cpu"))
@@ -37,8 +46,8 @@ class Block(torch.nn.Module):
             static,
         )
         self.backend = backend.HopperBackend()
-        counters = torch.zeros(16, dtype=torch.int32)
-        self.ready = self.backend.prepare(self.problem, weights).replaced(state=counters)
+        state = backend.State(torch.zeros(16, dtype=torch.int32), limits)
+        self.ready = self.backend.prepare(self.problem, weights).replaced(state=state)
 
     def forward(self, x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """``x`` plus the layer's output."""
@@ -62,3 +71,30 @@ def test_one_graph_with_one_node_of_ours(full_inner: int, scheme: str) -> None:
     made = ours[0].meta["val"]
     assert made.shape[1] == 256 and made.dtype == torch.bfloat16
     assert isinstance(made.shape[0], torch.SymInt), "one graph for every number of tokens"
+
+
+def test_the_calls_paths_are_the_prepared_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through torch.compile, with two layers whose limits differ in one graph."""
+    seen: list[Limits | None] = []
+
+    def run(layer: Layer, tensors: launch.Tensors, factor: float) -> torch.Tensor:
+        seen.append(layer.limits)
+        return torch.zeros_like(tensors.x)
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    blocks = [
+        Block(256, 2048, ActivationScheme.STATIC, limits)
+        for limits in (Limits(8, 64), Limits(3, 1))
+    ]
+
+    def step(x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            x = block(x, route, ids)
+        return x
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
+    for tokens in (6, 9):
+        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, 2), ids)
+    assert seen == [Limits(8, 64), Limits(3, 1)] * 2

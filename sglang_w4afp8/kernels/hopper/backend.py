@@ -7,16 +7,31 @@ graphs see one opaque node. Whether the weights hold a −8 is written in their 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.base import MoEProblem, MoEWeights
-from sglang_w4afp8.kernels.hopper import build, driver, launch, plan
+from sglang_w4afp8.kernels.hopper import build, driver, launch, plan, tables
 from sglang_w4afp8.kernels.hopper.layout import pad_to_tiles, shuffle_in_place
 from sglang_w4afp8.packing import has_minus_eight
 from sglang_w4afp8.spec import ActivationScheme
 
 _SCHEMES = (ActivationScheme.STATIC, ActivationScheme.DYNAMIC_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a prepared layer keeps beside its weights.
+
+    Attributes:
+        counters: see :func:`sglang_w4afp8.kernels.hopper.launch.new_counters`; None off the GPU.
+        limits: which path a number of tokens takes.
+    """
+
+    counters: torch.Tensor | None
+    limits: plan.Limits
 
 
 class HopperBackend:
@@ -61,12 +76,16 @@ class HopperBackend:
         shuffle_in_place(w13, w13_scale, True, minus_eight)
         shuffle_in_place(w2, w2_scale, False, minus_eight)
         dtype = torch.uint8 if minus_eight else torch.int8
+        dynamic = problem.scheme is not ActivationScheme.STATIC
+        top_k = problem.top_k or 8
+        sizes = _layer(w13, w2, w13_scale, w2_scale, top_k, minus_eight, dynamic)
+        limits = tables.find(sizes, problem.device.name).limits
         counters = None
         if weights.w13.is_cuda:
+            tables.log_once(sizes, problem.device.name)
             counters = launch.new_counters(weights.w13.device)
             # A graph capture must find the kernels loaded.
             properties = torch.cuda.get_device_properties(weights.w13.device)
-            sizes = _layer(w13, w2, w13_scale, w2_scale, problem.top_k or 8, minus_eight, False)
             needed = plan.kernels(sizes, properties.multi_processor_count)
             build.build_all(needed)
             with torch.cuda.device(weights.w13.device):
@@ -77,7 +96,7 @@ class HopperBackend:
             w2=w2.view(dtype),
             w13_scale=w13_scale,
             w2_scale=w2_scale,
-            state=counters,
+            state=State(counters, limits),
         )
 
     def run(
@@ -102,7 +121,8 @@ class HopperBackend:
             weights.w2_scale,
             weights.w13_input_scale if static else None,
             weights.w2_input_scale if static else None,
-            weights.state,
+            weights.state.counters,
+            weights.state.limits,
             routed_scaling_factor,
         )
         return out[:, : x.shape[1]].contiguous() if filled else out
@@ -129,6 +149,7 @@ def _layer(
     top_k: int,
     minus_eight: bool,
     dynamic: bool,
+    limits: plan.Limits | None = None,
 ) -> plan.Layer:
     experts, hidden, half_inner = w2.shape
     return plan.Layer(
@@ -140,6 +161,7 @@ def _layer(
         top_k,
         minus_eight,
         dynamic,
+        limits,
     )
 
 
@@ -155,9 +177,12 @@ def hopper_moe(
     w13_input_scale: torch.Tensor | None,
     w2_input_scale: torch.Tensor | None,
     counters: torch.Tensor,
+    limits: list[int],
     routed_scaling_factor: float,
 ) -> torch.Tensor:
     """One MoE layer; arguments as in :class:`sglang_w4afp8.kernels.hopper.launch.Tensors`.
+
+    ``limits`` are the values of a :class:`sglang_w4afp8.kernels.hopper.plan.Limits`.
 
     ``counters`` is as it was when the op has run, so it is not declared as written: torch.compile
     would have to copy it around.
@@ -167,7 +192,14 @@ def hopper_moe(
     """
     dynamic = w13_input_scale is None
     layer = _layer(
-        w13, w2, w13_scale, w2_scale, topk_ids.shape[1], w13.dtype is torch.uint8, dynamic
+        w13,
+        w2,
+        w13_scale,
+        w2_scale,
+        topk_ids.shape[1],
+        w13.dtype is torch.uint8,
+        dynamic,
+        plan.Limits(*limits),
     )
     tensors = launch.Tensors(
         x.contiguous(),
@@ -197,6 +229,7 @@ def _(
     w13_input_scale: torch.Tensor | None,
     w2_input_scale: torch.Tensor | None,
     counters: torch.Tensor,
+    limits: list[int],
     routed_scaling_factor: float,
 ) -> torch.Tensor:
     return torch.empty_like(x)

@@ -1,6 +1,6 @@
 """Which Hopper kernels run a call, with what grid and shared memory. Integers only, no GPU.
 
-Two paths, chosen by the number of tokens alone, since nothing may wait for the routing:
+The path is chosen by the number of tokens alone, since nothing may wait for the routing:
 
 * ``small``, two launches. Every token is a column for every expert; a CTA quantises the tokens
   itself and keeps them in shared memory. The second kernel owns 64 output rows for all experts, so
@@ -16,6 +16,7 @@ each CTA streams the same number of bytes whatever the routing is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape
 
@@ -40,6 +41,20 @@ ROUTE_THREADS = 512
 COMBINE_THREADS = 128
 
 
+class Limits(NamedTuple):
+    """The most tokens that each path but the last is given; 0 for a path that is not to be used.
+
+    Field names are names of paths, in the order of growing calls. Measured ones come from
+    :mod:`sglang_w4afp8.kernels.hopper.tables`, others from :func:`default_limits`.
+    """
+
+    small: int
+    medium: int
+
+
+PATHS = (*Limits._fields, "large")
+
+
 @dataclass(frozen=True)
 class Layer:
     """The sizes of one rank's layer.
@@ -53,6 +68,7 @@ class Layer:
         top_k: experts per token.
         minus_eight: whether a weight is −8.
         dynamic: per-token activation scales instead of one static scale per projection.
+        limits: which path a number of tokens takes; None for :func:`default_limits`.
     """
 
     experts: int
@@ -63,6 +79,7 @@ class Layer:
     top_k: int
     minus_eight: bool
     dynamic: bool
+    limits: Limits | None = None
 
     @property
     def up(self) -> StageShape:
@@ -110,7 +127,7 @@ class Plan:
     """The launches of a call, in order, and the sizes of their workspace.
 
     Attributes:
-        path: ``small``, ``medium`` or ``large``.
+        path: one of :data:`PATHS`.
         launches: in stream order.
         tiles: most token tiles, or slots (small).
     """
@@ -235,12 +252,17 @@ def _own_down(layer: Layer, tokens: int, columns: int, tiles: int) -> Launch | N
     return Launch(kernel, (layer.hidden // 64, 1), THREADS, ring * stage + tables, ring, columns)
 
 
-def _prefers_medium(layer: Layer, tokens: int) -> bool:
-    """Measured on an H100: with less than 8 KB of w2 per row tile, fewer and larger copies win."""
-    return tokens <= {1: MAX_MEDIUM_TOKENS, 2: 128}.get(layer.down.tiles, 0)
+def default_limits(layer: Layer) -> Limits:
+    """For a card or shape without a table; from measurements on an H100.
+
+    ``small`` has eight columns in its matrix instructions. ``medium`` loses with less than 8 KB of
+    w2 per row tile, where fewer and larger copies win.
+    """
+    return Limits(SMALL_TOKENS, {1: MAX_MEDIUM_TOKENS, 2: 128}.get(layer.down.tiles, 0))
 
 
-def _large(layer: Layer, tokens: int, sms: int, path: str | None) -> Plan:
+def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
+    """``medium`` if ``own_down`` is wanted and can hold the batch, else ``large``."""
     columns = _tile_tokens(layer, tokens)
     # The register files hold two CTAs of the narrow kernels.
     per_sm = 2 if columns <= 16 else 1
@@ -266,8 +288,8 @@ def _large(layer: Layer, tokens: int, sms: int, path: str | None) -> Plan:
     pairs = tokens * layer.top_k
     tiles = min(pairs, layer.experts + pairs // columns)
     route = Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS)
-    own = _own_down(layer, tokens, columns, tiles)
-    if own is not None and (path == "medium" or (path is None and _prefers_medium(layer, tokens))):
+    own = _own_down(layer, tokens, columns, tiles) if own_down else None
+    if own is not None:
         return Plan(
             "medium", (Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS), matrix[0], own), tiles
         )
@@ -290,13 +312,15 @@ def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
-        path: forces ``small`` or ``medium`` (where they can run the call) or ``large``; for tests
-            and the bench.
+        path: forces one of :data:`PATHS` where it can run the call, else the large one; for tests
+            and the bench. None: the first whose limit is not exceeded and that can run the call.
     """
+    limits = layer.limits or default_limits(layer)
     small = None
-    if path == "small" or (path is None and tokens <= SMALL_TOKENS):
+    if path == "small" or (path is None and tokens <= limits.small):
         small = _small(layer, tokens, sms)
-    return small or _large(layer, tokens, sms, path)
+    own_down = path == "medium" or (path is None and tokens <= limits.medium)
+    return small or _large(layer, tokens, sms, own_down)
 
 
 def most_tokens(layer: Layer, sms: int) -> int:
@@ -313,7 +337,7 @@ def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
     found: dict[Kernel, None] = {}
     tokens = 1
     while tokens <= 1 << 20:
-        for path in ("small", "medium", "large"):
+        for path in PATHS:
             for launch in plan(layer, tokens, sms, path).launches:
                 found[launch.kernel] = None
         tokens *= 2
