@@ -200,8 +200,10 @@ CASES = [
 ]
 SIZES = [("small", 1), ("small", 3), ("small", 8), ("small", 13), ("large", 1), ("large", 7)]
 SIZES += [("large", 33), ("large", 75), ("large", 150), ("large", 500)]
-ONE_HOT = [("small", 8), ("medium", 64), ("large", 8), ("large", 64)]
+ONE_HOT = [("small", 8), ("medium", 64), ("large", 8), ("large", 64), ("prefill", 64)]
+GRAPHS = [("small", 5), ("medium", 40), ("large", 40), ("prefill", 700)]
 SIZES += [("medium", 1), ("medium", 19), ("medium", 64), ("medium", 170), ("medium", 256)]
+SIZES += [("prefill", 1), ("prefill", 37), ("prefill", 300), ("prefill", 1111)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -223,9 +225,7 @@ def test_against_the_oracle(case: Case, path: str, tokens: int) -> None:
         assert torch.equal(out, again), f"{kind}: two runs differ"
 
 
-@pytest.mark.parametrize(
-    ("path", "tokens"), [("small", 8), ("medium", 64), ("large", 8), ("large", 64)]
-)
+@pytest.mark.parametrize(("path", "tokens"), ONE_HOT)
 @pytest.mark.parametrize("inner", [256, 128, 64])
 def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> None:
     group = min(inner, 128)
@@ -252,9 +252,7 @@ def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> Non
         assert torch.equal(call(case, shuffled, x, *route, path), wanted)
 
 
-@pytest.mark.parametrize(
-    ("path", "tokens"), [("small", 8), ("medium", 64), ("large", 8), ("large", 64)]
-)
+@pytest.mark.parametrize(("path", "tokens"), ONE_HOT)
 def test_one_hot_gives_w13_codes_bit_for_bit(path: str, tokens: int) -> None:
     inner = 128
     case = Case(experts=2, hidden=512, inner=inner, top_k=1, minus_eight=True)
@@ -288,7 +286,7 @@ def test_one_hot_gives_w13_codes_bit_for_bit(path: str, tokens: int) -> None:
         assert torch.equal(out.float(), wanted)
 
 
-@pytest.mark.parametrize(("path", "tokens"), [("small", 5), ("medium", 40), ("large", 40)])
+@pytest.mark.parametrize(("path", "tokens"), GRAPHS)
 def test_graph_replay_with_other_routing(path: str, tokens: int) -> None:
     case = Case()
     weights = random_weights(case)

@@ -22,6 +22,7 @@ from sglang_w4afp8.kernels.hopper.plan import (
     most_tokens,
     plan,
 )
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -131,7 +132,7 @@ class Tensors:
     counters: torch.Tensor
 
 
-class _Workspace:
+class Workspace:
     """Parts of one allocation, each at a multiple of 256 bytes."""
 
     def __init__(self, device: torch.device, sizes: dict[str, int]) -> None:
@@ -153,7 +154,7 @@ def new_counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
+def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -188,6 +189,10 @@ def launches(
     """
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if path == "prefill":
+        from sglang_w4afp8.kernels.hopper.launch_prefill import launches_prefill
+
+        return launches_prefill(layer, plan_prefill(layer, t.x.shape[0], sms), t, out, factor)
     chosen = plan(layer, t.x.shape[0], sms, path)
     chosen = tune(chosen) if tune else chosen
     fill = _small if chosen.path == "small" else _large
@@ -233,7 +238,7 @@ def _small(
 ) -> list[tuple[Launch, ctypes.Structure]]:
     up, down = chosen.launches
     rows = chosen.tiles * up.tokens
-    space = _Workspace(
+    space = Workspace(
         t.x.device,
         {
             "q": rows * layer.inner,
@@ -252,14 +257,14 @@ def _small(
         int(t.topk_ids.dtype == torch.int64),
     )
     up_parameters = _SmallUpParams(
-        t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), _pointer(t.w13_input_scale),
-        _pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
+        t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), pointer(t.w13_input_scale),
+        pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
         _Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
         2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
     )  # fmt: skip
     down_parameters = _SmallDownParams(
         t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"],
-        at["row_scale"] if layer.dynamic else _pointer(t.w2_input_scale),
+        at["row_scale"] if layer.dynamic else pointer(t.w2_input_scale),
         t.topk_weights.data_ptr(), out.data_ptr(), batch, factor, layer.hidden, down.ring,
         int(layer.dynamic),
     )  # fmt: skip
@@ -274,7 +279,7 @@ def _large(
     tokens = t.x.shape[0]
     pairs = tokens * layer.top_k
     ids, ids_are_64 = t.topk_ids.data_ptr(), int(t.topk_ids.dtype == torch.int64)
-    space = _Workspace(
+    space = Workspace(
         t.x.device,
         {
             "header": 16,
@@ -295,19 +300,19 @@ def _large(
     join = _Join(at["partial"], counts, layer.up.stages_per_unit)
     dynamic = int(layer.dynamic)
     route_parameters = _RouteParams(
-        t.x.data_ptr(), ids, at["xq"], at["x_scale"], _pointer(t.w13_input_scale), *lists, pairs,
+        t.x.data_ptr(), ids, at["xq"], at["x_scale"], pointer(t.w13_input_scale), *lists, pairs,
         layer.top_k, layer.hidden, layer.experts, up.tokens, ids_are_64,
     )  # fmt: skip
     up_parameters = _GemmParams(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], ids, *lists,
-        at["x_scale"] if dynamic else _pointer(t.w13_input_scale), _pointer(t.w2_input_scale),
+        at["x_scale"] if dynamic else pointer(t.w13_input_scale), pointer(t.w2_input_scale),
         at["q"], at["row_scale"], at["inner"], None, join, counts + up.grid[0] * 8,
         2 * layer.inner, layer.hidden, layer.up.blocks, layer.top_k, up.ring, dynamic, pairs,
         layer.experts, ids_are_64,
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
     work: list[tuple[Launch, ctypes.Structure]] = [(route, route_parameters), (up, up_parameters)]
-    row_scale = at["row_scale"] if dynamic else _pointer(t.w2_input_scale)
+    row_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
     if chosen.path == "medium":
         own_parameters = _OwnDownParams(
             t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], *lists, row_scale,

@@ -1,0 +1,251 @@
+// Down of the prefill path: w2 times the FP8 products, and the sum over each token's experts.
+//
+// What a pair contributes to 256 outputs goes through `y`, a ring of buffers small enough to stay in
+// L2: while one slice (a few blocks of 256 outputs, for one list of tokens) is multiplied, an earlier one
+// is added up in the order of top_k, so that y is never in device memory and results do not depend
+// on timing. Items, in order: for each slice its matrix items, then the sums of the slice before.
+//
+// 512 bytes of y hold 256 outputs of a pair in the order in which the matrix kernel's threads have
+// them: [warpgroup][warp][g 8][row tile 2][row half 2].
+#include "prefill.cuh"
+
+constexpr int kBuffers = 3;        // slices in y
+constexpr int kSumTokens = 16;     // of an item
+constexpr int kAtOnce = 8;
+static_assert(kPerWg == 2, "");
+
+struct PrefillDownParams {
+  Weights weights;
+  const u8* b;             // (M * top_k, K) E4M3
+  const Tile* tiles;       // (lists, max_tiles)
+  const int* header;       // (lists) number of tiles
+  const int* columns;      // (lists, list_pairs) pair numbers, sorted by expert
+  const int* place;        // (M * top_k) a pair's place in its list, or -1
+  const float* b_scale;    // static: (1); dynamic: (M * top_k)
+  const float* topk_weights;  // (M, top_k)
+  u8* y;                   // (kBuffers, slice_blocks, list_pairs, 512 bytes)
+  u16* out;                // (M, rows) bfloat16
+  u32* claimed;            // zero before
+  u32* done;               // (slices * lists, 2): matrix items, sums; zero before
+  float factor;
+  int tokens, top_k, lists, list_tokens, max_tiles, slices, slice_blocks, ring;
+};
+
+// Spins until `count` warpgroups have counted themselves in. A whole warp.
+__device__ __forceinline__ void wait_count(const u32* count, u32 target) {
+  if ((threadIdx.x & 31) == 0) {
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+    } while (seen < target);
+  }
+  __syncwarp();
+}
+
+__device__ __forceinline__ void count_in(u32* count, int wg) {
+  named_sync(1 + wg, 128);
+  if ((threadIdx.x & 127) == 0) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+  }
+}
+
+__device__ __forceinline__ int blocks_of(const PrefillDownParams& p, int slice) {
+  const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+  return min(p.slice_blocks, blocks - slice * p.slice_blocks);
+}
+__device__ __forceinline__ int list_tokens(const PrefillDownParams& p, int list) {
+  return min(p.list_tokens, p.tokens - list * p.list_tokens);
+}
+__device__ __forceinline__ int sum_items(const PrefillDownParams& p, int list) {
+  return (list_tokens(p, list) + kSumTokens - 1) / kSumTokens;
+}
+
+// What is claimed, in order. A step is a slice of one list: its matrix items, then the sums of the
+// step before. Lists run inside slices, so that a slice's weights are read once and come from L2
+// for the other lists. Numbers only grow, so the step is found by going on from the last one.
+struct Order {
+  const PrefillDownParams& p;
+  int step = 0, begin = 0;
+
+  __device__ __forceinline__ Item item(int number) {
+    Item item{};
+    for (;; ++step) {
+      const int slice = step / p.lists, list = step - slice * p.lists;
+      const int blocks = slice < p.slices ? blocks_of(p, slice) : 0;
+      const int matrix = p.header[list] * blocks;
+      const int sums = step > 0 ? sum_items(p, list > 0 ? list - 1 : p.lists - 1) : 0;
+      const int at = number - begin;
+      if (at < matrix) {
+        const int i = at / blocks;
+        const Tile tile = p.tiles[list * p.max_tiles + i];
+        item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
+        item.count = tile.count, item.tile = slice, item.slice = step, item.list = list;
+        item.block = slice * p.slice_blocks + (at - i * blocks);
+        return item;
+      }
+      if (at < matrix + sums) {
+        item.kind = kCombine, item.first = at - matrix, item.slice = step - 1;
+        item.list = list > 0 ? list - 1 : p.lists - 1, item.tile = (step - 1) / p.lists;
+        return item;
+      }
+      if (step == p.slices * p.lists) return item;
+      begin += matrix + sums;
+    }
+  }
+};
+
+struct DownBody {
+  const PrefillDownParams& p;
+  const Ring& ring;
+  float b_scale;
+  Place place;
+  const Item* item;  // in shared memory: read again after the loop over K
+  int free_before;  // slices below this are known to have left their buffers
+
+  // y of block `block` of a slice.
+  __device__ __forceinline__ u8* buffer(int step, int block) const {
+    return p.y + (static_cast<u64>(step % kBuffers) * p.slice_blocks + block) *
+                     (static_cast<u64>(p.list_tokens) * p.top_k * 512);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void run() {
+    float acc[2][kN / 2];
+    multiply<kN>(acc, p.weights.k / kK, ring, place);
+    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
+    if (item->slice >= kBuffers && free_before <= item->slice - kBuffers) {
+      const int old = item->slice - kBuffers;
+      wait_count(p.done + old * 2 + 1, 2 * sum_items(p, old % p.lists));
+      free_before = old + 1;
+    }
+    u8* at = buffer(item->slice, item->block - item->tile * p.slice_blocks) +
+             static_cast<u64>(item->first + (lane & 3) * 2) * 512 + (wg * 4 + (thread >> 5)) * 64 + (lane >> 2) * 8;
+    const int left = item->count - (lane & 3) * 2;
+#pragma unroll
+    for (int i = 0; i < kN / 2; i += 4) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (i * 2 + e >= left) continue;
+        float scale = b_scale;
+        if constexpr (W4_DYNAMIC != 0) {
+          const int c = i * 2 + (lane & 3) * 2 + e;
+          const int* list = p.columns + static_cast<u64>(item->list) * p.list_tokens * p.top_k;
+          scale = p.b_scale[list[item->first + c]] * 512.0f;
+        }
+        *reinterpret_cast<uint2*>(at + (i * 2 + e) * 512) =
+            make_uint2(pack_bf16(acc[0][i + e] * scale, acc[0][i + e + 2] * scale),
+                       pack_bf16(acc[1][i + e] * scale, acc[1][i + e + 2] * scale));
+      }
+    }
+    count_in(p.done + item->slice * 2, wg);
+  }
+
+  // Adds up kSumTokens tokens' experts, two tokens a warp.
+  __device__ __forceinline__ void sum() {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int slice = item->tile, blocks = blocks_of(p, slice);
+    wait_count(p.done + item->slice * 2, 2 * p.header[item->list] * blocks);
+    for (int i = warp; i < kSumTokens; i += kConsumers / 32) {
+      const int local = item->first * kSumTokens + i;
+      if (local >= list_tokens(p, item->list)) break;
+      const int token = item->list * p.list_tokens + local;
+      for (int block = 0; block < blocks; ++block) {
+        const u8* from = buffer(item->slice, block) + lane * 16;
+        float sum[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] = 0.0f;
+        for (int first = 0; first < p.top_k; first += kAtOnce) {
+          uint4 v[kAtOnce];
+          float weight[kAtOnce];
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            const int pair = token * p.top_k + first + k;
+            const int at = first + k < p.top_k ? p.place[pair] : -1;
+            weight[k] = at >= 0 ? p.topk_weights[pair] : 0.0f;
+            v[k] = make_uint4(0, 0, 0, 0);
+            if (at >= 0) {
+              v[k] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(at) * 512));
+            }
+          }
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            const u32 w[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              sum[2 * j] += weight[k] * bf16_low(w[j]);
+              sum[2 * j + 1] += weight[k] * bf16_high(w[j]);
+            }
+          }
+        }
+        u32 r[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          r[j] = pack_bf16(p.factor * sum[2 * j], p.factor * sum[2 * j + 1]);
+        }
+        store(token, (slice * p.slice_blocks + block) * 256, r);
+      }
+    }
+    count_in(p.done + item->slice * 2 + 1, threadIdx.x >> 7);
+  }
+
+  // The four pairs of outputs of a lane, at their rows (hopper/layout.py, _row_order).
+  __device__ __forceinline__ void store(int token, int row, const u32 (&r)[4]) {
+    const int lane = threadIdx.x & 31;
+    const int wg = lane >> 4, warp = (lane >> 2) & 3, g = (lane & 3) * 2;
+    u16* out = p.out + static_cast<u64>(token) * p.weights.rows;
+    auto two = [&](int at, u32 low, u32 high) {
+      if (at < p.weights.rows) *reinterpret_cast<uint2*>(out + at) = make_uint2(low, high);
+    };
+    if constexpr (kLayoutTiles == 1) {
+      const int at = row + wg * 128 + warp * 16 + g * 2;
+      two(at, r[0], r[2]);
+      two(at + 64, r[1], r[3]);
+    } else if constexpr (kLayoutTiles == 2) {
+      const int at = row + wg * 128 + warp * 32 + g * 4;
+      two(at, r[0], r[1]);
+      two(at + 4, r[2], r[3]);
+    } else {
+      const int at = row + warp * 64 + g * 8 + wg * 4;
+      two(at, r[0], r[1]);
+      two(at + 8, r[2], r[3]);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    w4a8_prefill_down(const __grid_constant__ PrefillDownParams p) {
+  extern __shared__ __align__(128) u8 shared[];
+  __shared__ Queue queue;
+  const Ring ring = make_ring(shared, p.ring);
+  pdl_wait();
+  pdl_trigger();
+  if (threadIdx.x >= kConsumers) {
+    give_registers();
+    const int warp = (threadIdx.x - kConsumers) >> 5;
+    if (warp == 0) {
+      produce_weights(p.weights, queue, ring);
+    } else if (warp == 1) {
+      if ((threadIdx.x & 31) != 0) return;
+      Order order{p};
+      claim<2>(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
+    } else {
+      produce_tokens(p.weights.k, p.columns, p.list_tokens * p.top_k, queue, ring, warp - 2,
+                     [&](int pair) { return p.b + static_cast<u64>(pair) * p.weights.k; });
+    }
+    return;
+  }
+  take_registers();
+  DownBody body{p, ring, W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f, Place{}, nullptr, 0};
+  Reader reader;
+  for (;;) {
+    body.item = &reader.wait(queue, ring);
+    if (body.item->kind == kEnd) return;
+    if (body.item->kind == kCombine) {
+      body.sum();
+    } else {
+      with_columns(body.item->count, body);
+    }
+    reader.release(ring);
+  }
+}

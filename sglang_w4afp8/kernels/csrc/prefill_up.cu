@@ -1,0 +1,153 @@
+// Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
+//
+// See prefill.cuh. With per-token scales the products go to `inner` in FP32 and whoever completes a
+// tile quantises its rows (W4_DYNAMIC=1).
+#include "prefill.cuh"
+#include "units.cuh"
+
+constexpr bool kDynamic = W4_DYNAMIC != 0;
+constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
+constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
+constexpr int kGatherBytes = kTokens * kPitch;
+
+struct PrefillUpParams {
+  Weights weights;
+  const u8* b;           // (M, K) E4M3
+  const Tile* tiles;
+  const int* header;     // [0] number of tiles
+  const int* columns;    // pair numbers, sorted by expert
+  const float* b_scale;  // static: (1); dynamic: (M)
+  const float* q_scale;  // static: (1) scale of the output
+  u8* q;                 // (M * top_k, inner) E4M3
+  float* q_row_scale;    // dynamic: (M * top_k)
+  float* inner;          // dynamic: (M * top_k, inner) before quantisation
+  u32* claimed;          // zero before
+  u32* tile_count;       // dynamic: (tiles), zero before
+  int top_k, ring;
+};
+
+struct UpBody {
+  const PrefillUpParams& p;
+  const Ring& ring;
+  u8* gather;      // of this warpgroup
+  u32* flag;
+  float b_scale, q_scale, q_inverse;
+  Place place;
+  const Item* item;  // in shared memory: read again after the loop over K
+
+  template <int kN>
+  __device__ __forceinline__ void run() {
+    float acc[kPerWg][kN / 2];
+    multiply<kN>(acc, p.weights.k / kK, ring, place);
+    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
+    const int width = p.weights.rows / 2;
+    const int* pairs = p.columns + item->first;
+    const int row_tile = (item->block * 2 + wg) * kPerWg;
+    const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
+    const int f = (thread >> 5) * 8 + (lane >> 2);
+#pragma unroll
+    for (int i = 0; i < kN / 2; i += 4) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int c = i * 2 + (lane & 3) * 2 + e;
+        if constexpr (kDynamic) {
+          if (c >= item->count) continue;
+          const int pair = pairs[c];
+          const float scale = p.b_scale[pair / p.top_k] * 512.0f;
+#pragma unroll
+          for (int t = 0; t < kPerWg; ++t) {
+            if (t >= tiles) continue;
+            p.inner[static_cast<u64>(pair) * width + (row_tile + t) * 32 + f] =
+                silu_mul(acc[t][i + e] * scale, acc[t][i + e + 2] * scale);
+          }
+        } else {
+#pragma unroll
+          for (int t = 0; t < kPerWg; ++t) {
+            const float v =
+                silu_mul(acc[t][i + e] * b_scale, acc[t][i + e + 2] * b_scale);
+            gather[c * kPitch + t * 32 + f] =
+                static_cast<u8>(pack_e4m3(divide(v, q_scale, q_inverse), 0.0f));
+          }
+        }
+      }
+    }
+    if constexpr (kDynamic) {
+      finish_tile(pairs, width);
+      return;
+    }
+    // Rows of features together: a pair's row of q is written in pieces of 16 bytes.
+    named_sync(1 + wg, 128);
+    constexpr int kPieces = kFeatures / 16;
+    const int piece = thread % kPieces;
+    for (int c = thread / kPieces; c < item->count; c += 128 / kPieces) {
+      if (piece * 16 < tiles * 32) {
+        *reinterpret_cast<uint4*>(p.q + static_cast<u64>(pairs[c]) * width + row_tile * 32 +
+                                  piece * 16) =
+            *reinterpret_cast<const uint4*>(gather + c * kPitch + piece * 16);
+      }
+    }
+    named_sync(1 + wg, 128);
+  }
+
+  __device__ __forceinline__ void finish_tile(const int* pairs, int width) {
+    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
+    const int arrivals = 2 * ((p.weights.rows / 64 + kRowTiles - 1) / kRowTiles);
+    if (!last_to_arrive(p.tile_count + item->tile, arrivals, wg, flag)) return;
+    for (int c = thread >> 5; c < item->count; c += 4) {
+      const u64 pair = pairs[c];
+      u8* q = p.q + pair * width;
+      const float scale = quantize_row(p.inner + pair * width, width, [&](int i, u32 four) {
+        *reinterpret_cast<u32*>(q + i) = four;
+      });
+      if ((thread & 31) == 0) p.q_row_scale[pair] = scale;
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
+  extern __shared__ __align__(128) u8 shared[];
+  __shared__ Queue queue;
+  __shared__ u32 flags[2];
+  __shared__ __align__(16) u8 gather[2][kGatherBytes];
+  const Ring ring = make_ring(shared, p.ring);
+  pdl_wait();
+  pdl_trigger();
+  if (threadIdx.x >= kConsumers) {
+    give_registers();
+    const int warp = (threadIdx.x - kConsumers) >> 5;
+    if (warp == 0) {
+      produce_weights(p.weights, queue, ring);
+    } else if (warp == 1) {
+      if ((threadIdx.x & 31) != 0) return;
+      const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+      const int items = p.header[0] * blocks;
+      claim<1>(queue, ring, p.claimed, [&](u32 number) {
+        Item item{};
+        if (number >= static_cast<u32>(items)) return item;
+        const int at = number / blocks;
+        const Tile tile = p.tiles[at];
+        item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
+        item.count = tile.count, item.tile = at, item.block = number - at * blocks;
+        return item;
+      });
+    } else {
+      produce_tokens(p.weights.k, p.columns, 0, queue, ring, warp - 2, [&](int pair) {
+        return p.b + static_cast<u64>(pair / p.top_k) * p.weights.k;
+      });
+    }
+    return;
+  }
+  take_registers();
+  const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
+  const float q_scale = kDynamic ? 1.0f : *p.q_scale;
+  UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), b_scale, q_scale,
+              __frcp_rn(q_scale), Place{}, nullptr};
+  Reader reader;
+  for (;;) {
+    body.item = &reader.wait(queue, ring);
+    if (body.item->kind == kEnd) return;
+    with_columns(body.item->count, body);
+    reader.release(ring);
+  }
+}

@@ -1,0 +1,108 @@
+"""Workspace and kernel arguments of the ``prefill`` path."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
+from sglang_w4afp8.kernels.hopper.plan import Launch, Layer
+from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class _Weights(ctypes.Structure):
+    """``Weights`` in prefill.cuh."""
+
+    _fields_ = (("w", _P), ("scales", _P), ("rows", _I), ("k", _I))
+
+
+class _RouteParams(ctypes.Structure):
+    """``PrefillRouteParams`` in prefill_route.cu."""
+
+    _fields_ = (
+        ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("tiles", _P),
+        ("header", _P), ("columns", _P), ("place", _P), ("zeros", _P), ("pairs", _I),
+        ("top_k", _I), ("hidden", _I), ("experts", _I), ("lists", _I), ("list_pairs", _I),
+        ("max_tiles", _I), ("zero_count", _I), ("ids_are_64", _I),
+    )  # fmt: skip
+
+
+class _UpParams(ctypes.Structure):
+    """``PrefillUpParams`` in prefill_up.cu."""
+
+    _fields_ = (
+        ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
+        ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
+        ("claimed", _P), ("tile_count", _P), ("top_k", _I), ("ring", _I),
+    )  # fmt: skip
+
+
+class _DownParams(ctypes.Structure):
+    """``PrefillDownParams`` in prefill_down.cu."""
+
+    _fields_ = (
+        ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
+        ("place", _P), ("b_scale", _P), ("topk_weights", _P), ("y", _P), ("out", _P),
+        ("claimed", _P), ("done", _P), ("factor", _F), ("tokens", _I), ("top_k", _I),
+        ("lists", _I), ("list_tokens", _I), ("max_tiles", _I), ("slices", _I),
+        ("slice_blocks", _I), ("ring", _I),
+    )  # fmt: skip
+
+
+def launches_prefill(
+    layer: Layer, plan: PrefillPlan, t: Tensors, out: torch.Tensor, factor: float
+) -> list[tuple[Launch, ctypes.Structure]]:
+    """The launches of a call with their arguments; see ``launches`` of the module ``launch``."""
+    route, up, down = plan.launches
+    tokens = t.x.shape[0]
+    pairs, dynamic = tokens * layer.top_k, layer.dynamic
+    list_pairs = plan.list_tokens * layer.top_k
+    steps = plan.slices * plan.lists
+    zeros = 2 + 2 * steps + (plan.max_tiles if dynamic else 0)
+    several = plan.lists > 1
+    space = Workspace(
+        t.x.device,
+        {
+            "zeros": zeros * 4,
+            "header": plan.sorts * 4,
+            "tiles": plan.sorts * plan.max_tiles * 16,
+            "columns": pairs * (2 if several else 1) * 4,
+            "place": pairs * 4,
+            "xq": tokens * layer.hidden,
+            "x_scale": tokens * 4,
+            "q": pairs * layer.inner,
+            "row_scale": pairs * 4 if dynamic else 0,
+            "inner": pairs * layer.inner * 4 if dynamic else 0,
+            "y": BUFFERS * plan.slice_blocks * list_pairs * 512,
+        },
+    )
+    at = space.at
+    claimed = at["zeros"]
+    route_parameters = _RouteParams(
+        t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
+        pointer(t.w13_input_scale), at["tiles"], at["header"], at["columns"], at["place"],
+        claimed, pairs, layer.top_k, layer.hidden, layer.experts, plan.lists, list_pairs,
+        plan.max_tiles, zeros, int(t.topk_ids.dtype == torch.int64),
+    )  # fmt: skip
+    route_parameters.workspace = space  # lives as long as the launches may be made
+    up_parameters = _UpParams(
+        _Weights(t.w13.data_ptr(), t.w13_scale.data_ptr(), 2 * layer.inner, layer.hidden),
+        at["xq"], at["tiles"], at["header"], at["columns"],
+        at["x_scale"] if dynamic else pointer(t.w13_input_scale), pointer(t.w2_input_scale),
+        at["q"], at["row_scale"], at["inner"], claimed, claimed + 4 * (2 + 2 * steps),
+        layer.top_k, up.ring,
+    )  # fmt: skip
+    # With several lists the first is that of all tokens.
+    skipped = int(several)
+    down_parameters = _DownParams(
+        _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner),
+        at["q"], at["tiles"] + skipped * plan.max_tiles * 16, at["header"] + skipped * 4,
+        at["columns"] + skipped * pairs * 4, at["place"],
+        at["row_scale"] if dynamic else pointer(t.w2_input_scale), t.topk_weights.data_ptr(),
+        at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, layer.top_k,
+        plan.lists, plan.list_tokens, plan.max_tiles, plan.slices, plan.slice_blocks, down.ring,
+    )  # fmt: skip
+    return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]
