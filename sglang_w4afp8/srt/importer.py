@@ -45,6 +45,12 @@ class Imported:
     first_column: int
 
 
+def projection_shape(shard: ExpertShard, shard_id: str) -> tuple[int, int]:
+    """Rows and columns of a whole projection: ``w1`` gate, ``w3`` up, ``w2`` down."""
+    full, hidden = shard.columns.full_size, shard.hidden_size
+    return (hidden, full) if shard_id == "w2" else (full, hidden)
+
+
 class ExpertImporter:
     """One per layer.
 
@@ -82,7 +88,7 @@ class ExpertImporter:
         Raises:
             CheckpointError: the projection cannot become W4AFP8.
         """
-        shape = self._shape(shard_id)
+        shape = projection_shape(self.shard, shard_id)
         if part not in self.source.data_parts:
             check_extra(prefix, part, tensor, shape, self.source.quant)
             return None
@@ -105,10 +111,6 @@ class ExpertImporter:
         if weight is not None and weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
             return True  # a layer that an FP8 checkpoint leaves unquantised
         return all(part in tensors for part in self.source.data_parts)
-
-    def _shape(self, shard_id: str) -> tuple[int, int]:
-        full, hidden = self.shard.columns.full_size, self.shard.hidden_size
-        return (hidden, full) if shard_id == "w2" else (full, hidden)
 
     def _make(
         self,

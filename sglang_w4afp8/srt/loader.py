@@ -16,7 +16,7 @@ import torch
 
 from sglang_w4afp8.errors import CheckpointError
 from sglang_w4afp8.sharding import ExpertShard
-from sglang_w4afp8.srt.importer import ExpertImporter, Imported
+from sglang_w4afp8.srt.importer import ExpertImporter, projection_shape
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _SLOT = {"w1": 0, "w3": 1, "w2": 2}
@@ -24,8 +24,20 @@ _KINDS = ("weight", "weight_scale_inv", "input_scale")
 PART = "w4afp8_part"
 """Attribute of a parameter: what follows the projection in the names of the tensors it takes."""
 
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CONVERT = "convert the checkpoint: sglang-w4afp8 convert SRC DST"
+# Stored dtypes of a projection's codes and scales, and what to say of others.
+_STORED = {
+    "weight": (
+        (torch.int8, torch.uint8),
+        "packed INT4 weights are int8, two codes to a byte",
+        ("serve it unconverted with the quantization method of its own format",),
+    ),
+    "weight_scale_inv": (
+        (torch.float32, torch.bfloat16, torch.float16),
+        "group scales are float32, bfloat16 or float16",
+        (),
+    ),
+}
 
 
 class ExpertLoader:
@@ -84,26 +96,22 @@ class ExpertLoader:
         elif self.importer is not None:
             self._import(getattr(param, PART), loaded_weight, shard_id, expert_id)
             return
-        elif "scale" in weight_name:
-            kind = "weight_scale_inv"
-            self._load_scale(param, loaded_weight, shard_id, expert_id)
         else:
-            kind = "weight"
-            self._load_weight(param, loaded_weight, shard_id, expert_id)
+            kind = "weight_scale_inv" if "scale" in weight_name else "weight"
+            self._load_matrix(kind, param, loaded_weight, shard_id, expert_id)
         self.arrived[kind][expert_id, _SLOT[shard_id]] = True
 
     def _import(self, part: str, loaded: torch.Tensor, shard_id: str, slot: int) -> None:
         assert self.importer is not None
         gemm = "w2" if shard_id == "w2" else "w13"
-        weight = self.parameters[f"{gemm}_weight"]
-        scale = self.parameters[f"{gemm}_weight_scale_inv"]
+        device = self.parameters[f"{gemm}_weight"].device
         prefix = self._name(slot, shard_id, "weight").removesuffix(".weight")
-        made = self.importer.add(prefix, slot, shard_id, part, loaded, weight.device)
+        made = self.importer.add(prefix, slot, shard_id, part, loaded, device)
         if made is None:
             return
-        self._copy_weight(weight, made.packed, shard_id, slot, made)
-        self._copy_scale(scale, made.scale, shard_id, slot, made)
-        for kind in ("weight", "weight_scale_inv"):
+        for kind, tensor in (("weight", made.packed), ("weight_scale_inv", made.scale)):
+            param = self.parameters[f"{gemm}_{kind}"]
+            self._copy(kind, param, tensor, shard_id, slot, made.first_row, made.first_column)
             self.arrived[kind][slot, _SLOT[shard_id]] = True
 
     def tensor_name(self, slot: int, projection: int, kind: str) -> str:
@@ -185,110 +193,71 @@ class ExpertLoader:
     def _name(self, slot: int, shard_id: str, kind: str) -> str:
         return self.tensor_name(slot, _SLOT[shard_id], kind)
 
-    def _check_shape(
-        self, loaded: torch.Tensor, expected: tuple[int, int], name: str, meaning: str
+    def _load_matrix(
+        self,
+        kind: str,
+        param: torch.nn.Parameter,
+        loaded: torch.Tensor,
+        shard_id: str,
+        slot: int,
     ) -> None:
+        """Check a whole projection's codes or scales and copy this rank's slice of them."""
+        name = self._name(slot, shard_id, kind)
+        dtypes, why, ways = _STORED[kind]
+        if loaded.dtype not in dtypes:
+            raise CheckpointError(f"{name} has dtype {loaded.dtype}", why, [_CONVERT, *ways])
+        rows, columns = projection_shape(self.shard, shard_id)
+        if kind == "weight":
+            loaded, per_column, meaning = loaded.view(torch.int8), 2, "two codes to a byte"
+        else:
+            per_column = self.shard.group_size
+            meaning = f"group_size {per_column}"
+        expected = (rows, columns // per_column)
         if tuple(loaded.shape) != expected:
             raise CheckpointError(
                 f"{name} has shape {tuple(loaded.shape)}",
-                f"{meaning} makes it {expected}",
+                f"{meaning} makes it {expected} for a projection of {rows} × {columns}",
                 [
                     "compare group_size and the sizes in config.json with the checkpoint: "
                     "sglang-w4afp8 inspect CHECKPOINT",
                     _CONVERT,
                 ],
             )
+        self._copy(kind, param, loaded, shard_id, slot)
 
-    def _rows_of(self, param: torch.nn.Parameter, shard_id: str, slot: int) -> torch.Tensor:
-        """The slot's rows for gate (first half) or up (second half)."""
-        rows = self.shard.columns.size
-        offset = 0 if shard_id == "w1" else rows
-        return param.data[slot, offset : offset + rows]
-
-    def _load_weight(
-        self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str, slot: int
-    ) -> None:
-        shard = self.shard
-        name = self._name(slot, shard_id, "weight")
-        if loaded.dtype not in (torch.int8, torch.uint8):
-            raise CheckpointError(
-                f"{name} has dtype {loaded.dtype}",
-                "packed INT4 weights are int8, two codes to a byte",
-                [
-                    _CONVERT,
-                    "serve it unconverted with the quantization method of its own format",
-                ],
-            )
-        loaded = loaded.view(torch.int8)
-        full, hidden = shard.columns.full_size, shard.hidden_size
-        if shard_id == "w2":
-            self._check_shape(
-                loaded, (hidden, full // 2), name, f"hidden {hidden} × {full} packed columns"
-            )
-        else:
-            self._check_shape(
-                loaded, (full, hidden // 2), name, f"{full} rows × hidden {hidden} packed"
-            )
-        self._copy_weight(param, loaded, shard_id, slot)
-
-    def _copy_weight(
+    def _copy(
         self,
+        kind: str,
         param: torch.nn.Parameter,
-        packed: torch.Tensor,
+        stored: torch.Tensor,
         shard_id: str,
         slot: int,
-        part: Imported | None = None,
+        first_row: int = 0,
+        first_column: int = 0,
     ) -> None:
-        """Copy this rank's slice of packed codes, a whole projection's or a part's."""
+        """Copy this rank's slice of a projection's codes or scales.
+
+        Args:
+            kind: ``weight`` or ``weight_scale_inv``.
+            param: where to.
+            stored: the whole projection, or a part of it that holds the slice.
+            shard_id: ``w1`` gate, ``w3`` up, ``w2`` down.
+            slot: of the layer.
+            first_row: row of the whole that row 0 of ``stored`` is.
+            first_column: likewise, in weights.
+        """
         shard = self.shard
-        if shard_id == "w2":
-            first = part.first_column // 2 if part else 0
-            cut = packed[:, shard.w2_bytes.start - first : shard.w2_bytes.stop - first]
+        if shard_id != "w2":  # gate in the first half of the slot's rows, up in the second
+            rows = slice(shard.w13_rows.start - first_row, shard.w13_rows.stop - first_row)
+            place = _SLOT[shard_id] * shard.columns.size
+            param.data[slot, place : place + shard.columns.size].copy_(stored[rows])
+        elif kind == "weight":
+            first = first_column // 2
+            cut = stored[:, shard.w2_bytes.start - first : shard.w2_bytes.stop - first]
             param.data[slot].copy_(cut)
         else:
-            first = part.first_row if part else 0
-            cut = packed[shard.w13_rows.start - first : shard.w13_rows.stop - first]
-            self._rows_of(param, shard_id, slot).copy_(cut)
-
-    def _load_scale(
-        self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str, slot: int
-    ) -> None:
-        shard = self.shard
-        name = self._name(slot, shard_id, "weight_scale_inv")
-        if loaded.dtype not in _SCALE_DTYPES:
-            raise CheckpointError(
-                f"{name} has dtype {loaded.dtype}",
-                "group scales are float32, bfloat16 or float16",
-                [_CONVERT],
-            )
-        group, full, hidden = shard.group_size, shard.columns.full_size, shard.hidden_size
-        meaning = f"group_size {group}"
-        if shard_id == "w2":
-            self._check_shape(loaded, (hidden, full // group), name, meaning)
-        else:
-            self._check_shape(loaded, (full, hidden // group), name, meaning)
-        self._copy_scale(param, loaded, shard_id, slot)
-
-    def _copy_scale(
-        self,
-        param: torch.nn.Parameter,
-        scale: torch.Tensor,
-        shard_id: str,
-        slot: int,
-        part: Imported | None = None,
-    ) -> None:
-        """Copy this rank's scales, out of a whole projection's or a part's."""
-        shard = self.shard
-        if shard_id == "w2":
-            offset = part.first_column // shard.group_size if part else 0
-            first, last = shard.w2_scale_columns[0], shard.w2_scale_columns[-1]
-            columns = torch.tensor(shard.w2_scale_columns) - first
-            covering = scale[:, first - offset : last + 1 - offset]
-            param.data[slot].copy_(covering[:, columns.to(covering.device)])
-        else:
-            first = part.first_row if part else 0
-            cut = scale[shard.w13_rows.start - first : shard.w13_rows.stop - first]
-            self._rows_of(param, shard_id, slot).copy_(cut)
+            columns = torch.tensor(shard.w2_scale_columns) - first_column // shard.group_size
+            param.data[slot].copy_(stored[:, columns.to(stored.device)])
 
     def _load_input_scale(
         self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str, slot: int
