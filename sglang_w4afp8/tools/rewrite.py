@@ -27,7 +27,7 @@ from sglang_w4afp8.checkpoint.stream import remove_stale_temps, write_error
 from sglang_w4afp8.errors import CheckpointError, ConfigError, HostError
 from sglang_w4afp8.tools.console import Progress, human_bytes
 from sglang_w4afp8.tools.rewrite_job import (
-    RECORD_SUFFIX,
+    JobPlace,
     ShardJob,
     ShardRecord,
     init_worker,
@@ -210,27 +210,22 @@ def one_thread() -> Iterator[None]:
 
 
 def _run_jobs(
-    jobs: list[ShardJob], source: Path, target: Path, device: str, workers: int, bar: Progress
+    jobs: list[ShardJob], place: JobPlace, workers: int, bar: Progress
 ) -> list[ShardRecord]:
+    workers = min(workers, max(1, len(jobs)))
+    is_cuda = place.device.startswith("cuda")
+    if workers == 1 and not is_cuda:
+        with one_thread():
+            return [run_job(job, place, bar.advance) for job in jobs]
     # Largest first, so that no long job is left for the end.
     ordered = sorted(jobs, key=lambda job: -job.source_bytes)
-    places = [(job, source, target, _record_path(target, job), device) for job in ordered]
-    workers = min(workers, max(1, len(jobs)))
-    if device.startswith("cuda"):
-        return _run_threads(places, workers, bar)
-    if workers > 1:
-        return _run_processes(places, workers, bar)
-    with one_thread():
-        return [
-            run_job(job, source, target, _record_path(target, job), device, bar.advance)
-            for job in jobs
-        ]
+    run = _run_threads if is_cuda else _run_processes
+    return run(ordered, place, workers, bar)
 
 
-_Place = tuple[ShardJob, Path, Path, Path, str]
-
-
-def _run_threads(places: list[_Place], workers: int, bar: Progress) -> list[ShardRecord]:
+def _run_threads(
+    jobs: list[ShardJob], place: JobPlace, workers: int, bar: Progress
+) -> list[ShardRecord]:
     """Threads for a GPU: one CUDA context, and what takes time (reading, copying, hashing, writing)
     runs without the interpreter's lock."""
     lock = threading.Lock()
@@ -240,7 +235,7 @@ def _run_threads(places: list[_Place], workers: int, bar: Progress) -> list[Shar
             bar.advance(nbytes)
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run_job_on_stream, *place, advance) for place in places]
+        futures = [pool.submit(run_job_on_stream, job, place, advance) for job in jobs]
         try:
             return [future.result() for future in as_completed(futures)]
         except BaseException:
@@ -249,7 +244,9 @@ def _run_threads(places: list[_Place], workers: int, bar: Progress) -> list[Shar
             raise
 
 
-def _run_processes(places: list[_Place], workers: int, bar: Progress) -> list[ShardRecord]:
+def _run_processes(
+    jobs: list[ShardJob], place: JobPlace, workers: int, bar: Progress
+) -> list[ShardRecord]:
     # Spawned, not forked: torch's thread pools do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
@@ -261,7 +258,7 @@ def _run_processes(places: list[_Place], workers: int, bar: Progress) -> list[Sh
         initializer=init_worker,
         initargs=(counter, os.getpid()),
     ) as pool:
-        futures = {pool.submit(run_job_in_worker, *place) for place in places}
+        futures = {pool.submit(run_job_in_worker, job, place) for job in jobs}
         try:
             while futures:
                 done = {future for future in futures if future.done()}
@@ -284,15 +281,11 @@ def _run_processes(places: list[_Place], workers: int, bar: Progress) -> list[Sh
     return records
 
 
-def _record_path(target: Path, job: ShardJob) -> Path:
-    return target / WORK_DIR / (job.shard + RECORD_SUFFIX)
-
-
-def _finished(target: Path, job: ShardJob) -> ShardRecord | None:
-    record = ShardRecord.load(_record_path(target, job))
+def _finished(job: ShardJob, place: JobPlace) -> ShardRecord | None:
+    record = ShardRecord.load(place.record_of(job))
     if record is None or record.shard != job.shard:
         return None
-    path = target / job.shard
+    path = place.target / job.shard
     return record if path.is_file() and path.stat().st_size == record.size_bytes else None
 
 
@@ -336,20 +329,21 @@ def rewrite(
     if not overwrite:
         _refuse_foreign_files(target, fingerprint)
     _prepare(target, fingerprint, overwrite)
+    place = JobPlace(source, target, target / WORK_DIR, device)
     with _lock(target):
         remove_stale_temps(target)
-        remove_stale_temps(target / WORK_DIR)
-        records = [record for job in jobs if (record := _finished(target, job))]
+        remove_stale_temps(place.records)
+        records = [record for job in jobs if (record := _finished(job, place))]
         finished = {record.shard for record in records}
         todo = [job for job in jobs if job.shard not in finished]
         check_space(target, sum(job.output_bytes for job in todo))
         bar = Progress(sum(job.source_bytes for job in jobs), label, enabled=progress)
         bar.skip(sum(job.source_bytes for job in jobs if job.shard in finished))
-        records += _run_jobs(todo, source, target, device, workers, bar)
+        records += _run_jobs(todo, place, workers, bar)
         bar.finish()
         records.sort(key=lambda record: record.shard)
         finish(records)
         # Renamed before it is emptied: a kill in between must not look like unfinished work.
-        (target / WORK_DIR).replace(target / _DONE_DIR)
+        place.records.replace(target / _DONE_DIR)
     shutil.rmtree(target / _DONE_DIR, ignore_errors=True)
     return Outcome(records, len(finished))

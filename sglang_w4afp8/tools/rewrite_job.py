@@ -31,7 +31,6 @@ from sglang_w4afp8.checkpoint.stream import (
 )
 from sglang_w4afp8.quantize.metrics import ErrorStats
 
-RECORD_SUFFIX = ".json"
 _CUDA_AHEAD = 3
 
 
@@ -158,22 +157,33 @@ class ShardRecord:
             return None
 
 
-def run_job(
-    job: ShardJob,
-    source_root: Path,
-    target_root: Path,
-    record_path: Path,
-    device: str,
-    advance: Callable[[int], None],
-) -> ShardRecord:
+@dataclass(frozen=True)
+class JobPlace:
+    """Where a run's jobs read, write and compute.
+
+    Attributes:
+        source: checkpoint that is read.
+        target: directory that the shards are written into.
+        records: directory of the finished shards' records.
+        device: torch device for the arithmetic.
+    """
+
+    source: Path
+    target: Path
+    records: Path
+    device: str
+
+    def record_of(self, job: ShardJob) -> Path:
+        """Where the record of a job goes once its shard has its final name."""
+        return self.records / f"{job.shard}.json"
+
+
+def run_job(job: ShardJob, place: JobPlace, advance: Callable[[int], None]) -> ShardRecord:
     """Make one output shard.
 
     Args:
         job: what it holds.
-        source_root: checkpoint that is read.
-        target_root: directory that the shard is written into.
-        record_path: where the record goes once the shard has its final name.
-        device: torch device for the arithmetic.
+        place: where from and where to.
         advance: told the source bytes of every finished tensor.
 
     Raises:
@@ -183,12 +193,12 @@ def run_job(
     quality: dict[str, dict[str, Any]] = {}
     minus_eight = False
     stages = Stages()
-    is_cuda = device.startswith("cuda")
+    is_cuda = place.device.startswith("cuda")
     # A GPU is done with a matrix before the next one is read: read several, by two threads.
     ahead, threads = (_CUDA_AHEAD, 2) if is_cuda else (1, 1)
     with (
-        TensorReader(source_root, pinned=is_cuda, threads=threads, stages=stages) as reader,
-        ShardWriter(target_root / job.shard, job.outputs, stages=stages) as writer,
+        TensorReader(place.source, pinned=is_cuda, threads=threads, stages=stages) as reader,
+        ShardWriter(place.target / job.shard, job.outputs, stages=stages) as writer,
     ):
         # Tasks are made in file order; the next ones' tensors are read while one is computed.
         order = list(dict.fromkeys(job.owner[i.name] for i in job.outputs if i.name in job.owner))
@@ -205,7 +215,7 @@ def run_job(
                     reader.prefetch(job.tasks[waiting.popleft()].sources)
                     coming += 1
                 task = job.tasks[job.owner[item.name]]
-                made = task.make(reader, device)
+                made = task.make(reader, place.device)
                 coming -= 1
                 ready.update(made.tensors)
                 minus_eight |= made.has_minus_eight
@@ -219,7 +229,7 @@ def run_job(
         )
     # The record comes after the shard: a kill in between costs one shard's work, never a claim
     # about a file that is not there.
-    write_atomic(record_path, record.to_json())
+    write_atomic(place.record_of(job), record.to_json())
     return record
 
 
@@ -245,21 +255,15 @@ def _advance_shared(nbytes: int) -> None:
         _counter.value += nbytes
 
 
-def run_job_in_worker(
-    job: ShardJob, source_root: Path, target_root: Path, record_path: Path, device: str
-) -> ShardRecord:
+def run_job_in_worker(job: ShardJob, place: JobPlace) -> ShardRecord:
     """:func:`run_job` with progress reported through the shared counter."""
-    return run_job(job, source_root, target_root, record_path, device, _advance_shared)
+    return run_job(job, place, _advance_shared)
 
 
 def run_job_on_stream(
-    job: ShardJob,
-    source_root: Path,
-    target_root: Path,
-    record_path: Path,
-    device: str,
-    advance: Callable[[int], None],
+    job: ShardJob, place: JobPlace, advance: Callable[[int], None]
 ) -> ShardRecord:
     """:func:`run_job` on a CUDA stream of its own, for threads that share a device."""
+    device = place.device
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        return run_job(job, source_root, target_root, record_path, device, advance)
+        return run_job(job, place, advance)

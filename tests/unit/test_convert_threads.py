@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,10 +56,11 @@ def test_threads_of_a_gpu_make_the_same_files(
     monkeypatch.setattr(convert, "check_device", lambda device: "cpu")  # what decides the bytes
     seen: list[str] = []
 
-    def on_stream(*arguments: object) -> rewrite_job.ShardRecord:
-        *place, device, advance = arguments
-        seen.append(str(device))
-        return rewrite_job.run_job(*place, "cpu", advance)  # type: ignore[arg-type]
+    def on_stream(
+        job: rewrite_job.ShardJob, place: rewrite_job.JobPlace, advance: Callable[[int], None]
+    ) -> rewrite_job.ShardRecord:
+        seen.append(place.device)
+        return rewrite_job.run_job(job, replace(place, device="cpu"), advance)
 
     monkeypatch.setattr(rewrite, "run_job_on_stream", on_stream)
     report = convert.convert_checkpoint(source, tmp_path / "threads", device="cuda", workers=3)
