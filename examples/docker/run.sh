@@ -21,7 +21,8 @@ options=(
     --ulimit nofile=1048576
     --cap-add IPC_LOCK
     --volume "$model:$model:ro"
-    --volume w4afp8-cache:/root/.cache # compiled kernels survive the container
+    # The home of the image's user: compiled kernels, SGLang's too, survive the container.
+    --volume w4afp8-cache:/root/.cache
     --env SGLANG_W4AFP8_STRICT=1
 )
 if [[ -d /dev/infiniband ]]; then
