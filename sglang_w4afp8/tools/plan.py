@@ -1,9 +1,9 @@
 """``sglang-w4afp8 plan MODEL --tp 32``: what every rank would hold, and whether it fits.
 
 Reads a config.json and, where there are weights, their headers; needs neither a GPU nor SGLang. The
-parts: :mod:`plan_source` finds the model, :mod:`plan_model` lists its matrices, :mod:`plan_ranks`
-cuts them as the loader does, :mod:`plan_stock` says what SGLang alone would do, and
-:mod:`plan_scaling` estimates time per token.
+parts: :mod:`plan_source` finds the model, :mod:`plan_config` lists its matrices
+(:mod:`plan_model`), :mod:`plan_ranks` cuts them as the loader does, :mod:`plan_stock` says what
+SGLang alone would do, and :mod:`plan_scaling` estimates time per token.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from sglang_w4afp8.checkpoint.index import CheckpointIndex, TensorEntry, open_in
 from sglang_w4afp8.checkpoint.names import DOWN, layer_of, parse_expert
 from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.spec import ActivationScheme, QuantSpec
-from sglang_w4afp8.tools.plan_model import Linear, Model, model_from_config
+from sglang_w4afp8.tools.plan_config import model_from_config
+from sglang_w4afp8.tools.plan_model import Linear, Model
 
 _SUFFIXES = re.compile(r"-(fp8|bf16|w4afp8)$")
 
