@@ -74,33 +74,24 @@ def read_load_source(config: Mapping[str, Any]) -> LoadSource:
     Raises:
         ConfigError: it cannot become W4AFP8 while loading; with the reason and a command.
     """
-    method = str(config.get("quant_method", "")).lower().replace("_", "-")
-    readers = {
-        "fp8": _fp8,
-        "compressed-tensors": _compressed_tensors,
-        "gptq": _gptq,
-        "gptq-marlin": _gptq,
-        "auto-round": _gptq,
-        "intel/auto-round": _gptq,
-    }
-    if method in readers:
-        return readers[method](config)
-    reasons = {
-        "awq": ("AWQ weights are asymmetric: q − zero point spans −15…15", _REQUANTIZE),
-        "mxfp4": ("MXFP4 values (0, 0.5, 1, 1.5, 2, 3, 4, 6) are no integer grid", _REQUANTIZE),
-    }
-    why, command = reasons.get(
-        method.removesuffix("-marlin"),
+    method = _plain_name(str(config.get("quant_method", "")))
+    if method in _READERS:
+        return _READERS[method](config)
+    why, command = _REFUSED.get(
+        method,
         ("its experts are neither FP8, BF16 nor INT4 groups that W4AFP8 can hold", _FROM_ORIGINAL),
     )
-    raise _refusal(f"quant_method {method!r}", why, command)
+    raise _refusal(f"quant_method {config.get('quant_method')!r}", why, command)
 
 
 def can_read(method: str) -> bool:
     """Whether :func:`read_load_source` has an answer, or a reason, for this ``quant_method``."""
-    name = method.lower().replace("_", "-").removesuffix("-marlin")
-    known = ("fp8", "compressed-tensors", "gptq", "auto-round", "intel/auto-round", "awq", "mxfp4")
-    return name in known
+    return _plain_name(method) in (*_READERS, *_REFUSED)
+
+
+def _plain_name(method: str) -> str:
+    """A ``quant_method`` without the spellings that name a kernel."""
+    return method.lower().replace("_", "-").removesuffix("-marlin")
 
 
 def _refusal(found: str, why: str, command: str) -> ConfigError:
@@ -248,3 +239,16 @@ def _gptq(config: Mapping[str, Any]) -> LoadSource:
 
     group = _group(config.get("group_size", 128), "group_size")
     return LoadSource("gptq", _spec(group, None, ignored, "a GPTQ checkpoint"), config, is_int4)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], LoadSource]] = {
+    "fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "auto-round": _gptq,
+    "intel/auto-round": _gptq,
+}
+_REFUSED = {
+    "awq": ("AWQ weights are asymmetric: q − zero point spans −15…15", _REQUANTIZE),
+    "mxfp4": ("MXFP4 values (0, 0.5, 1, 1.5, 2, 3, 4, 6) are no integer grid", _REQUANTIZE),
+}
