@@ -73,12 +73,20 @@ class TensorReader:
         """Fill ``view`` from the tensor's bytes starting at ``offset``.
 
         Raises:
-            CheckpointError: the file ends early (it was cut after its header had been checked).
+            CheckpointError: the file cannot be read, or ends early (it was removed, replaced or cut
+                after its header had been checked).
         """
-        descriptor = self._descriptor(entry.shard)
         done = 0
         while done < len(view):
-            count = os.preadv(descriptor, [view[done:]], entry.start + offset + done)
+            try:
+                descriptor = self._descriptor(entry.shard)
+                count = os.preadv(descriptor, [view[done:]], entry.start + offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._root / entry.shard}: {error.strerror}",
+                    f"the bytes of {entry.name} can no longer be read from it",
+                    ["check the disk and the download, then run the same command again"],
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{self._root / entry.shard} ends inside {entry.name}",

@@ -148,6 +148,25 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
             reader.read(entries[0])
 
 
+@pytest.mark.parametrize("fault", ["removed", "read error"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_file_that_fails_while_it_is_read(tmp_path, fault, copied):
+    path = tmp_path / "model.safetensors"
+    write(path, {"x": torch.arange(1000, dtype=torch.int64)})
+    _, (entry,) = read_header(path)
+    path.unlink()
+    if fault == "read error":
+        path.mkdir()  # can be opened, not read
+    order = [OutTensor("x", "I64", (1000,))]
+    with TensorReader(tmp_path) as reader, pytest.raises(CheckpointError) as caught:
+        if copied:
+            with ShardWriter(tmp_path / "copy", order) as writer:
+                writer.write_raw("x", reader.chunks(entry))
+        else:
+            reader.read(entry)
+    assert str(path) in str(caught.value) and "the bytes of x" in str(caught.value)
+
+
 def test_reader_keeps_few_files_open(tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.safetensors", {f"x{i}": torch.tensor([i])})
