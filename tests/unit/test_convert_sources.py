@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from sglang_w4afp8.checkpoint.index import INDEX_NAME
 from sglang_w4afp8.errors import CheckpointError
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.testing.checkpoints import (
@@ -19,6 +22,7 @@ from sglang_w4afp8.testing.checkpoints import (
     model_config,
     to_fp8_blocks,
     write_checkpoint,
+    write_fp8,
 )
 from sglang_w4afp8.tools.convert import convert_checkpoint
 from sglang_w4afp8.tools.verify import verify_checkpoint
@@ -112,6 +116,68 @@ def test_int4_linears_are_refused(tmp_path):
     source = write_checkpoint(tmp_path / "src", weights, model_config(MoeShape()))
     with pytest.raises(CheckpointError, match="INT4 too"):
         convert_checkpoint(source, tmp_path / "dst")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def edit_index(source: Path, change: Callable[[dict[str, str]], object]) -> None:
+    path = source / INDEX_NAME
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def truncate(source: Path, shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def corrupt_header(source: Path, shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes().replace(b'"dtype"', b'"dtyp!"', 1))
+
+
+def remove(source: Path, shard: Path) -> None:
+    shard.unlink()
+
+
+def name_no_tensor(source: Path, shard: Path) -> None:
+    edit_index(source, lambda places: places.update({"ghost.weight": shard.name}))
+
+
+def store_twice(source: Path, shard: Path) -> None:
+    save_file({**load_file(shard), "model.embed_tokens.weight": torch.zeros(1)}, shard)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "truncated"),
+        (corrupt_header, "unreadable header"),
+        (remove, "does not exist"),
+        (name_no_tensor, "ghost.weight"),
+        (store_twice, "both copies"),
+    ],
+)
+def test_damaged_sources_are_refused_before_anything_is_written(tmp_path, damage, words):
+    source = write_fp8(tmp_path / "src", MoeShape(128, 128, 2), shards=3)
+    damage(source, source / "model-00003-of-00003.safetensors")
+    before = content(source)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        convert_checkpoint(source, tmp_path / "dst")
+    assert "(1)" in str(caught.value)
+    assert not (tmp_path / "dst").exists()
+    assert content(source) == before
+
+
+def test_tensors_that_the_index_lacks_are_converted_too(tmp_path):
+    source = write_fp8(tmp_path / "src", MoeShape(128, 128, 2), shards=3)
+    convert_checkpoint(source, tmp_path / "straight")
+    lost = "model.layers.1.mlp.experts.1.up_proj.weight"
+    edit_index(source, lambda places: places.pop(lost))
+    report = convert_checkpoint(source, tmp_path / "dst")
+    assert any(lost in note for note in report.notes)
+    assert content(tmp_path / "dst") == content(tmp_path / "straight")
 
 
 def test_the_rounding_table_of_the_docs_is_the_measured_one():
