@@ -1,11 +1,15 @@
 """Tests marked ``gpu`` are skipped where there is none, and the last lines say so.
 
+In CI everything else that tests need is there, so any other skip than those in ``_MAY_SKIP`` fails
+the run: a broken installation must not pass for a test that has nothing to do.
+
 Where the tests run in several processes (``pytest -n``), one process takes a whole file, so that
 its fixtures are made once. Files whose tests each take long are taken apart.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -14,7 +18,21 @@ import pytest
 # test starts processes of its own, or the parameters, where the fixture of a case is dear.
 _TAKEN_APART = {"test_registration.py": "test", "test_server.py": "case"}
 
+# Parts of the reasons that a complete environment may have.
+_MAY_SKIP = (
+    "no CUDA device",
+    "needs a GPU",
+    "needs a Hopper GPU",
+    "network namespaces are NOT PERMITTED here",
+    "ran in two network namespaces instead",
+    "the rule of SGLang 0.5.16",
+    "runs in the environment of SGLang",
+    "does not take it",
+    "is not applied to this release",
+)
+
 _skipped = pytest.StashKey[int]()
+_unexpected = pytest.StashKey[list[str]]()
 
 
 def _has_gpu() -> bool:
@@ -56,9 +74,29 @@ def _unit(nodeid: str) -> str:
     return nodeid if apart == "test" else file
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Look for skips that hide something; the process of an xdist worker has no reporter."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not os.environ.get("CI"):
+        return
+    found = []
+    for report in reporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(part in reason for part in _MAY_SKIP):
+            found.append(f"{report.nodeid}: {reason}")
+    if found:
+        session.config.stash[_unexpected] = found
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
+    unexpected = config.stash.get(_unexpected, [])
+    if unexpected:
+        terminalreporter.section("skipped for no accepted reason", red=True, bold=True)
+        for text in unexpected:
+            terminalreporter.write_line(text)
     count = config.stash.get(_skipped, 0)
     if count:
         terminalreporter.section("GPU tests NOT RUN", yellow=True, bold=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -173,3 +175,21 @@ def test_requirements_are_pinned_exactly() -> None:
         for line in path.read_text().splitlines():
             if line and not line.startswith("#"):
                 assert re.fullmatch(r"[\w.\[\]-]+==[\w.+!-]+( ; .+)?", line), f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize(("reason", "code"), [("no such module", 1), ("needs a GPU", 0)])
+def test_skips_that_hide_something_fail_in_ci(tmp_path: Path, reason: str, code: int) -> None:
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    skip = f"import pytest\npytest.skip({reason!r}, allow_module_level=True)\n"
+    (tmp_path / "test_x.py").write_text(skip)
+    (tmp_path / "test_z.py").write_text("def test_z(): pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "."],
+        cwd=tmp_path,
+        env=os.environ | {"CI": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout
+    assert ("for no accepted reason" in done.stdout) is bool(code)
