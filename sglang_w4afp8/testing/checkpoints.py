@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sglang_w4afp8.checkpoint.index import INDEX_NAME
 
@@ -185,3 +185,21 @@ def write_fp8(
             tensors[name] = weight.to(torch.bfloat16)
     quant = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     return write_checkpoint(folder, tensors, model_config(shape, quant), **how)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, as the safetensors library reads it."""
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def bytes_of_files(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder, by relative path: to see whether anything changed."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -15,10 +15,9 @@ import torch
 
 pytest.importorskip("sglang")
 
-from safetensors.torch import load_file
-
 from sglang_w4afp8.checkpoint.act_scales import static_scale
 from sglang_w4afp8.testing import tiny
+from sglang_w4afp8.testing.checkpoints import tensors_of
 from sglang_w4afp8.tools.convert import convert_checkpoint
 from sglang_w4afp8.tools.inspect import inspect_checkpoint
 
@@ -27,13 +26,6 @@ pytestmark = pytest.mark.sglang
 LAYER = 1
 PREFIX = f"model.layers.{LAYER}.mlp.experts"
 AMAX = {"w13": 3.3, "w2": 0.19}
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
 
 
 @pytest.fixture(scope="module")

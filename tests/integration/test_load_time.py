@@ -14,13 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("sglang")
 
 from sglang_w4afp8.checkpoint.load_source import dense_source
 from sglang_w4afp8.errors import CheckpointError, ConfigError
-from sglang_w4afp8.testing.checkpoints import MoeShape, write_bf16, write_checkpoint, write_fp8
+from sglang_w4afp8.testing.checkpoints import (
+    MoeShape,
+    tensors_of,
+    write_bf16,
+    write_checkpoint,
+    write_fp8,
+)
 from sglang_w4afp8.testing.int4_sources import gptq_config, pack_config, to_gptq, to_pack_quantized
 from sglang_w4afp8.tools.convert import convert_checkpoint
 
@@ -38,14 +43,6 @@ RANKS = [(1, 1, 0), (4, 1, 0), (4, 1, 1), (4, 1, 3), (8, 1, 1), (8, 1, 2), (8, 1
 def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_W4AFP8_ACTIVATION", "none")
     monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", "torch")
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
 
 
 def quant_of(folder: Path) -> dict[str, Any] | None:

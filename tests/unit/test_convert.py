@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sglang_w4afp8.checkpoint.act_scales import load_amaxes, round_up_bf16, static_scale
 from sglang_w4afp8.checkpoint.index import INDEX_NAME, open_index
@@ -17,8 +17,10 @@ from sglang_w4afp8.reference import dequantize_fp8_block, dequantize_int4
 from sglang_w4afp8.spec import ActivationScheme, QuantSpec
 from sglang_w4afp8.testing.checkpoints import (
     MoeShape,
+    bytes_of_files,
     float_weights,
     model_config,
+    tensors_of,
     write_bf16,
     write_checkpoint,
     write_fp8,
@@ -29,23 +31,8 @@ EXPERTS = "model.layers.1.mlp.experts"
 MTP = "model.layers.2.mlp.experts"
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
-
-
 def raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def quant_config(folder: Path) -> dict:
@@ -303,7 +290,7 @@ def test_workers_make_the_same_bytes(tmp_path):
     source = write_fp8(tmp_path / "src", scales_apart=True)
     convert_checkpoint(source, tmp_path / "one")
     convert_checkpoint(source, tmp_path / "two", workers=2)
-    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+    assert bytes_of_files(tmp_path / "one") == bytes_of_files(tmp_path / "two")
 
 
 def test_source_is_never_touched(tmp_path):
@@ -311,10 +298,10 @@ def test_source_is_never_touched(tmp_path):
     for path in source.iterdir():
         path.chmod(0o444)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in source.iterdir()}
-    content = snapshot(source)
+    content = bytes_of_files(source)
     convert_checkpoint(source, tmp_path / "dst")
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in source.iterdir()} == before
-    assert snapshot(source) == content
+    assert bytes_of_files(source) == content
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -19,19 +19,11 @@ from hypothesis import strategies as st
 
 from sglang_w4afp8.checkpoint import stream
 from sglang_w4afp8.errors import CheckpointError, ConfigError
-from sglang_w4afp8.testing.checkpoints import MoeShape, write_bf16, write_fp8
+from sglang_w4afp8.testing.checkpoints import MoeShape, bytes_of_files, write_bf16, write_fp8
 from sglang_w4afp8.tools import rewrite
 from sglang_w4afp8.tools.convert import convert_checkpoint
 
 KILLS = 24
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -49,7 +41,7 @@ def server():
 
 def test_kill_nine_at_random_points(tmp_path, server):
     source = write_fp8(tmp_path / "src", MoeShape(512, 512, 8), shards=12, scales_apart=True)
-    before = snapshot(source)
+    before = bytes_of_files(source)
     run = server.Process(target=convert_checkpoint, args=(source, tmp_path / "straight"))
     run.start()
     run.join()  # warms the server up
@@ -60,7 +52,7 @@ def test_kill_nine_at_random_points(tmp_path, server):
     run.join()
     whole = time.monotonic() - start
     assert run.exitcode == 0
-    expected = snapshot(tmp_path / "straight")
+    expected = bytes_of_files(tmp_path / "straight")
 
     rng = random.Random(2026)
     kills = finished = resumed = 0
@@ -73,7 +65,7 @@ def test_kill_nine_at_random_points(tmp_path, server):
             run.kill()
             run.join()
         if run.exitcode == 0:
-            assert snapshot(target) == expected
+            assert bytes_of_files(target) == expected
             finished += 1
             continue
         assert run.exitcode == -signal.SIGKILL
@@ -86,12 +78,12 @@ def test_kill_nine_at_random_points(tmp_path, server):
             for path in shards:
                 assert path.read_bytes() == expected[path.name]
             if (target / "config.json").is_file():
-                assert set(expected) <= set(snapshot(target))
+                assert set(expected) <= set(bytes_of_files(target))
     assert resumed >= 5, "too few kills hit the middle of the work"
     final = tmp_path / f"dst{finished}"
     convert_checkpoint(source, final)
-    assert snapshot(final) == expected
-    assert snapshot(source) == before
+    assert bytes_of_files(final) == expected
+    assert bytes_of_files(source) == before
 
 
 def test_kill_nine_of_a_run_with_workers(tmp_path):
@@ -112,7 +104,7 @@ def test_kill_nine_of_a_run_with_workers(tmp_path):
     assert shards == {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
     report = convert_checkpoint(source, target)
     assert report.shards_resumed >= 1
-    assert snapshot(target) == snapshot(tmp_path / "straight")
+    assert bytes_of_files(target) == bytes_of_files(tmp_path / "straight")
 
 
 def interrupt_after(monkeypatch, shards: int):
@@ -157,7 +149,7 @@ def test_resume_repairs_what_is_missing(tmp_path, source, monkeypatch, damage):
         expected_resumed = 2
     report = convert_checkpoint(source, target)
     assert report.shards_resumed == expected_resumed
-    assert snapshot(target) == snapshot(tmp_path / "straight")
+    assert bytes_of_files(target) == bytes_of_files(tmp_path / "straight")
 
 
 STATES = ("absent", "whole", "no record", "no shard", "short shard", "foreign record")
@@ -187,7 +179,7 @@ def test_resume_from_any_state_ends_in_the_same_bytes(finished, states, temp):
         (target / f"{names[0]}.9{stream.TEMP_SUFFIX}").write_bytes(b"half")
     report = convert_checkpoint(source, target)
     assert report.shards_resumed == states.count("whole")
-    assert snapshot(target) == snapshot(straight)
+    assert bytes_of_files(target) == bytes_of_files(straight)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +208,7 @@ def test_unfinished_work_with_other_options_is_not_mixed(tmp_path, source, monke
         convert_checkpoint(source, target, group_size=64)
     convert_checkpoint(source, target, group_size=64, overwrite=True)
     convert_checkpoint(source, tmp_path / "straight", group_size=64)
-    assert snapshot(target) == snapshot(tmp_path / "straight")
+    assert bytes_of_files(target) == bytes_of_files(tmp_path / "straight")
 
 
 def test_changed_source_is_noticed(tmp_path, source, monkeypatch):
@@ -234,7 +226,7 @@ def test_foreign_target_is_refused_and_overwritten_only_on_demand(tmp_path, sour
     (target / "precious.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         convert_checkpoint(source, target)
-    assert snapshot(target) == {"precious.txt": b"mine"}
+    assert bytes_of_files(target) == {"precious.txt": b"mine"}
     convert_checkpoint(source, target, overwrite=True)
     assert (target / "precious.txt").read_text() == "mine"
     assert (target / "config.json").is_file()
@@ -248,13 +240,13 @@ def test_target_that_is_a_file(tmp_path, source):
 
 @pytest.mark.parametrize("where", ["same", "inside", "around", "link"])
 def test_target_must_not_touch_the_source(tmp_path, source, where):
-    before = snapshot(source)
+    before = bytes_of_files(source)
     link = tmp_path / "link"
     link.symlink_to(source)
     target = {"same": source, "inside": source / "w4", "around": source.parent, "link": link}[where]
     with pytest.raises(ConfigError, match="inside the other"):
         convert_checkpoint(source, target, overwrite=True)
-    assert snapshot(source) == before
+    assert bytes_of_files(source) == before
 
 
 def test_second_writer_is_refused(tmp_path, source, monkeypatch):
@@ -296,7 +288,7 @@ def test_disk_that_fills_up_halfway(tmp_path, source, monkeypatch):
     assert not (target / "config.json").exists()
     report = convert_checkpoint(source, target)
     assert report.shards_resumed == len(done)
-    assert snapshot(target) == snapshot(tmp_path / "straight")
+    assert bytes_of_files(target) == bytes_of_files(tmp_path / "straight")
 
 
 def test_read_only_target(tmp_path, source, monkeypatch):

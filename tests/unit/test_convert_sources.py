@@ -17,9 +17,11 @@ from sglang_w4afp8.errors import CheckpointError
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.testing.checkpoints import (
     MoeShape,
+    bytes_of_files,
     float_weights,
     is_quantised_linear,
     model_config,
+    tensors_of,
     to_fp8_blocks,
     write_checkpoint,
     write_fp8,
@@ -28,13 +30,6 @@ from sglang_w4afp8.tools.convert import convert_checkpoint
 from sglang_w4afp8.tools.verify import verify_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
 
 
 def pack_quantized(tmp_path, linear_scale):
@@ -118,10 +113,6 @@ def test_int4_linears_are_refused(tmp_path):
         convert_checkpoint(source, tmp_path / "dst")
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def edit_index(source: Path, change: Callable[[dict[str, str]], object]) -> None:
     path = source / INDEX_NAME
     index = json.loads(path.read_text())
@@ -162,12 +153,12 @@ def store_twice(source: Path, shard: Path) -> None:
 def test_damaged_sources_are_refused_before_anything_is_written(tmp_path, damage, words):
     source = write_fp8(tmp_path / "src", MoeShape(128, 128, 2), shards=3)
     damage(source, source / "model-00003-of-00003.safetensors")
-    before = content(source)
+    before = bytes_of_files(source)
     with pytest.raises(CheckpointError, match=words) as caught:
         convert_checkpoint(source, tmp_path / "dst")
     assert "(1)" in str(caught.value)
     assert not (tmp_path / "dst").exists()
-    assert content(source) == before
+    assert bytes_of_files(source) == before
 
 
 def test_tensors_that_the_index_lacks_are_converted_too(tmp_path):
@@ -177,7 +168,7 @@ def test_tensors_that_the_index_lacks_are_converted_too(tmp_path):
     edit_index(source, lambda places: places.pop(lost))
     report = convert_checkpoint(source, tmp_path / "dst")
     assert any(lost in note for note in report.notes)
-    assert content(tmp_path / "dst") == content(tmp_path / "straight")
+    assert bytes_of_files(tmp_path / "dst") == bytes_of_files(tmp_path / "straight")
 
 
 def test_the_rounding_table_of_the_docs_is_the_measured_one():

@@ -11,7 +11,7 @@ from sglang_w4afp8.packing import has_minus_eight
 from sglang_w4afp8.quantize.gptq import inverse_factor, quantize_gptq
 from sglang_w4afp8.quantize.weights import quantize_weight
 from sglang_w4afp8.reference import dequantize_int4
-from sglang_w4afp8.testing.checkpoints import MoeShape, write_bf16
+from sglang_w4afp8.testing.checkpoints import MoeShape, tensors_of, write_bf16
 from sglang_w4afp8.tools.convert import convert_checkpoint
 
 
@@ -114,11 +114,10 @@ def test_a_whole_checkpoint(tmp_path, calibrated):
     assert report.method == "gptq"
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())
     assert config["quantization_config"]["producer"]["method"] == "gptq"
-    before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    before = tensors_of(source)
     losses = {}
     for method in ("mse", "gptq"):
-        files = (tmp_path / method).glob("*.safetensors")
-        after = {k: v for f in files for k, v in load_file(f).items()}
+        after = tensors_of(tmp_path / method)
         name = "model.layers.2.mlp.experts.1.up_proj.weight"
         value = dequantize_int4(after[name], after[f"{name}_scale_inv"], 128, torch.float32)
         losses[method] = loss(before[name].float(), value, inputs["w13"])

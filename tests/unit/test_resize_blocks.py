@@ -4,20 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sglang_w4afp8.errors import CheckpointError, ConfigError
 from sglang_w4afp8.reference import dequantize_fp8_block, dequantize_int4
-from sglang_w4afp8.testing.checkpoints import MoeShape, write_bf16, write_fp8
+from sglang_w4afp8.testing.checkpoints import MoeShape, tensors_of, write_bf16, write_fp8
 from sglang_w4afp8.tools.convert import convert_checkpoint
 from sglang_w4afp8.tools.resize_blocks import default_target, resize_checkpoint
-
-
-def tensors_of(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
