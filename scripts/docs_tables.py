@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sglang_w4afp8.kernels.support import support_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet."
 
 
 def variables_table() -> str:
@@ -64,48 +66,94 @@ def served_table() -> str:
     return "\n".join(lines)
 
 
-def moe_results() -> dict[str, dict[str, Any]]:
-    """``benchmarks/results/moe-*.json`` by file name, shapes in the order of their numbers."""
-    files = RESULTS.glob("moe-*.json")
-    ordered = sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
-    return {path.name: json.loads(path.read_text()) for path in ordered}
+def moe_results(prefill: bool = False) -> dict[str, dict[str, Any]]:
+    """Result files of ``bench moe`` by name, shapes in the order of their numbers.
+
+    Args:
+        prefill: ``moe-*-prefill*.json``; otherwise all other ``moe-*.json``.
+    """
+    files = [path for path in RESULTS.glob("moe-*.json") if ("-prefill" in path.stem) == prefill]
+
+    def order(path: Path) -> tuple[Any, ...]:
+        return "skewed" in path.stem, [int(n) for n in re.findall(r"\d+", path.stem)], path.stem
+
+    return {path.name: json.loads(path.read_text()) for path in sorted(files, key=order)}
 
 
-def peers_table() -> str:
+def timed_rows(prefill: bool) -> list[dict[str, Any]]:
+    """The rows with times; of a cell that several files have, the first counts."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for result in moe_results(prefill).values():
+        for row in result["rows"]:
+            if row.get("us") is not None:
+                key = row["shape"], row["routing"], row["m"], row["provider"]
+                rows.setdefault(key, row | {"device": result["device"].removeprefix("NVIDIA ")})
+    return list(rows.values())
+
+
+def peers_table(prefill: bool = False) -> str:
     """Every kernel's microseconds in one run, and how many times ours that is."""
-    results = moe_results().values()
-    timed = [row for result in results for row in result["rows"] if row.get("us") is not None]
-    names = list(dict.fromkeys(row["provider"] for row in timed))
+
+    def cell(row: dict[str, Any]) -> str:
+        ratio = f" ({row['times_ours']:.1f}×)" if "times_ours" in row else ""
+        return f"{row['us']:.1f}{ratio}"
+
+    return _by_provider(timed_rows(prefill), cell)
+
+
+def memory_table() -> str:
+    """Every kernel's extra memory in calls of 1024 tokens and more, in MB."""
+    large = [row for row in timed_rows(True) if row["m"] >= 1024 and "extra_mb" in row]
+    return _by_provider(large, lambda row: f"{row['extra_mb']:.0f}")
+
+
+def skew_table() -> str:
+    """How many times longer a call takes when the routing is not uniform."""
+    rows = timed_rows(True)
+    even = {(r["shape"], r["m"], r["provider"]): r["us"] for r in rows if r["routing"] == "uniform"}
+    keys = [(row["shape"], row["m"], row["provider"]) for row in rows]
+    skewed = [
+        row | {"slower": row["us"] / even[key]}
+        for row, key in zip(rows, keys, strict=True)
+        if row["routing"] != "uniform" and key in even
+    ]
+    return _by_provider(skewed, lambda row: f"{row['slower']:.2f}×")
+
+
+def _by_provider(rows: list[dict[str, Any]], text: Callable[[dict[str, Any]], str]) -> str:
+    if not rows:
+        return NOT_MEASURED
+    names = list(dict.fromkeys(row["provider"] for row in rows))
     lines = [
         "| Shape | Routing | M | " + " | ".join(f"`{name}`" for name in names) + " |",
         "|---|---|--:|" + "--:|" * len(names),
     ]
     cells: dict[tuple[str, str, int], dict[str, str]] = {}
-    for row in timed:
-        ratio = f" ({row['times_ours']:.1f}×)" if "times_ours" in row else ""
+    for row in rows:
         line = cells.setdefault((row["shape"], row["routing"], row["m"]), {})
-        line[row["provider"]] = f"{row['us']:.1f}{ratio}"
+        line[row["provider"]] = text(row)
     for (shape, routing, m), line in cells.items():
         texts = " | ".join(line.get(name, "—") for name in names)
         lines.append(f"| {shape} | {routing} | {m} | {texts} |")
     return "\n".join(lines)
 
 
-def kernels_table() -> str:
+def kernels_table(prefill: bool = False) -> str:
     """Our kernels' rows of ``benchmarks/results/moe-*.json``."""
+    ours = [row for row in timed_rows(prefill) if row["provider"] == "ours"]
+    if not ours:
+        return NOT_MEASURED
+    bound = "roofline" if prefill else "read"
     lines = [
-        "| Device | Shape | Routing | M | us | ± us | GB/s | TFLOPS | % of read |",
+        f"| Device | Shape | Routing | M | us | ± us | GB/s | TFLOPS | % of {bound} |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for result in moe_results().values():
-        for row in result["rows"]:
-            if row["provider"] != "ours" or row.get("us") is None:
-                continue
-            lines.append(
-                f"| {result['device'].removeprefix('NVIDIA ')} | {row['shape']} | {row['routing']} "
-                f"| {row['m']} | {row['us']:.1f} | {row['spread_us']:.1f} | {row['gb_s']:.0f} | "
-                f"{row['tflops']:.1f} | {100 * row['roofline_us'] / row['us']:.0f} |"
-            )
+    lines += [
+        f"| {row['device']} | {row['shape']} | {row['routing']} "
+        f"| {row['m']} | {row['us']:.1f} | {row['spread_us']:.1f} | {row['gb_s']:.0f} | "
+        f"{row['tflops']:.1f} | {100 * row['roofline_us'] / row['us']:.0f} |"
+        for row in ours
+    ]
     return "\n".join(lines)
 
 
@@ -162,6 +210,10 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "served": ("../README.md", served_table),
     "kernels": ("kernels.md", kernels_table),
     "peers": ("kernels.md", peers_table),
+    "prefill": ("kernels.md", partial(kernels_table, True)),
+    "prefill-peers": ("kernels.md", partial(peers_table, True)),
+    "prefill-skew": ("kernels.md", skew_table),
+    "prefill-memory": ("kernels.md", memory_table),
     "scaling": ("multi-node.md", scaling_table),
 }
 

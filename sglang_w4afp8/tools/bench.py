@@ -30,9 +30,10 @@ from sglang_w4afp8.tools.bench_moe import (
     shape_of,
 )
 from sglang_w4afp8.tools.bench_peers import PROVIDERS, providers
-from sglang_w4afp8.tools.bench_plot import draw, summary
+from sglang_w4afp8.tools.bench_plot import draw, merged, summary
 from sglang_w4afp8.tools.bench_run import ContextLost, Measurement, line
 
+PREFILL_TOKENS = 256
 LIBRARIES = (
     "sglang", "sglang-kernel", "sgl-deep-gemm", "humming-kernels", "flashinfer-python", "triton",
 )  # fmt: skip
@@ -61,11 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     moe.add_argument("--weight-sets", type=int, default=2)
     moe.add_argument("--peer-limit", type=float, metavar="S", help="seconds for one peer and shape")
     moe.add_argument("--check-only", action="store_true", help="compare with the oracle, no timing")
+    moe.add_argument(
+        "--check-seconds", type=float, default=2.0, metavar="S",
+        help="for one layer's oracle; a call of over 2048 tokens is then compared in part",
+    )  # fmt: skip
     moe.add_argument("--json", type=Path, help="write all rows into this file")
-    moe.add_argument("--out", type=Path, help="write moe-GPU-SHAPE.json and .png into this folder")
+    moe.add_argument(
+        "--out", type=Path,
+        help="write moe-GPU-SHAPE.json and .png into this folder; with 256 tokens and more only, "
+        "moe-GPU-SHAPE-prefill.json",
+    )  # fmt: skip
     moe.add_argument("--commit", help="of this package; asked from git by default")
-    plot = kinds.add_parser("plot", help="draw a result file: latency over tokens")
-    plot.add_argument("result", type=Path)
+    plot = kinds.add_parser("plot", help="draw result files of one shape: latency over tokens")
+    plot.add_argument("result", type=Path, nargs="+")
     plot.add_argument("png", type=Path)
 
 
@@ -89,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    draw(json.loads(options.result.read_text()), options.png)
+    draw(merged([json.loads(path.read_text()) for path in options.result]), options.png)
     return 0
 
 
@@ -154,6 +163,11 @@ def gpu_word(device: str) -> str:
     return (found[0] if found else device.replace(" ", "-")).lower()
 
 
+def _stem(device: str, shape: str, tokens: Sequence[int]) -> str:
+    """A result's file name: runs of large calls only keep apart from those of decoding."""
+    return f"moe-{gpu_word(device)}-{shape}" + ("-prefill" if min(tokens) >= PREFILL_TOKENS else "")
+
+
 def _bench_shape(
     shape: Shape, options: argparse.Namespace, measurement: Measurement, report: dict[str, Any]
 ) -> None:
@@ -187,7 +201,7 @@ def _write(
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        stem = options.out / f"moe-{gpu_word(report['device'])}-{shape.name}"
+        stem = options.out / _stem(report["device"], shape.name, options.tokens)
         result = report | {"rows": rows}
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
         if any("us" in row for row in rows):

@@ -24,6 +24,9 @@ from sglang_w4afp8.spec import ActivationScheme
 COLD_BYTES = 150e6
 """What the calls of one graph read between two visits to the same weights: three times the L2."""
 
+GRAPH_TOKENS = 32_768
+"""Most tokens of all calls of one graph together."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -221,9 +224,14 @@ def random_calls(
 
 
 def call_count(shape: Shape, tokens: int) -> int:
-    """Calls in one graph, so that weights are cold when a replay starts over."""
+    """Calls in one graph, so that weights are cold when a replay starts over.
+
+    Large calls read all weights each and take milliseconds: two are cold and long enough, and more
+    would only hold memory.
+    """
     one = shape.expert_bytes * min(shape.experts, tokens * shape.top_k) * 0.6
-    return int(min(48, max(8, COLD_BYTES // one)))
+    most = max(2, GRAPH_TOKENS // tokens)
+    return int(min(48, most, max(8, COLD_BYTES // one)))
 
 
 def errors(out: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
@@ -231,6 +239,7 @@ def errors(out: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
 
     Where nothing is wanted, as when all experts are on other ranks, anything but zero is an error.
     """
+    wanted = wanted.double()
     difference = out.double() - wanted
     rms = wanted.square().mean().sqrt().clamp(min=1e-30)
     return float(difference.square().mean().sqrt() / rms), float(difference.abs().max() / rms)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_w4afp8.errors import ConfigError
+
 Row = Mapping[str, Any]
 
 COLOURS = {
@@ -34,6 +36,29 @@ def series(rows: Sequence[Row], routing: str) -> dict[str, list[tuple[int, float
     if roofline:
         found["roofline"] = list(roofline.items())
     return {name: sorted(points) for name, points in found.items()}
+
+
+def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Results of one shape as one; of a cell that several have, the last counts.
+
+    Raises:
+        ConfigError: they are of several cards or shapes.
+    """
+    rows: dict[tuple[Any, ...], Row] = {}
+    for result in results:
+        for row in result["rows"]:
+            rows[row["provider"], row.get("routing"), row.get("m")] = row
+    for what, found in (
+        ("cards", {result["device"] for result in results}),
+        ("shapes", {row["shape"] for row in rows.values()}),
+    ):
+        if len(found) > 1:
+            raise ConfigError(
+                f"results of several {what}: {', '.join(sorted(found))}",
+                "a picture shows one shape on one card",
+                ["sglang-w4afp8 bench plot RESULT PNG with files of one shape, as --out writes"],
+            )
+    return {**results[-1], "rows": list(rows.values())}
 
 
 def draw(result: Mapping[str, Any], path: Path, routing: str = "uniform") -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sglang_w4afp8.spec import ActivationScheme
+from sglang_w4afp8.tools.bench_check import Expected, expected
 from sglang_w4afp8.tools.bench_moe import (
     Call,
     Ceilings,
@@ -59,7 +60,7 @@ class Measurement:
         codes = self._options.codes
         self._sets = [random_weights(shape, self._scheme, seed, codes) for seed in range(count)]
         self._calls: dict[tuple[str, int], list[Call]] = {}
-        self._wanted: dict[tuple[str, int, int, ActivationScheme], torch.Tensor] = {}
+        self._wanted: dict[tuple[str, int, int, ActivationScheme], Expected] = {}
         self._ours_us: dict[tuple[str, int], float] = {}
 
     def provider(self, provider: Provider, rows: list[Row]) -> None:
@@ -81,21 +82,35 @@ class Measurement:
                     provider.prepare(self._problem, weights, shape.all_experts, most)
                     for weights in self._sets
                 ]
+                self._kept_bytes = 0
                 for routing in self._options.routing:
                     for tokens in self._options.tokens:
-                        row = named | {"m": tokens, "routing": routing}
-                        rows.append(row)
-                        self._one(provider, runs, row)
+                        rows.append(named | {"m": tokens, "routing": routing})
+                        self._one_or_reason(provider, runs, rows[-1])
+        except ContextLost:
+            raise
         except Exception as error:  # a peer may fail in any way
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if rows and "us" not in rows[-1] and "wrong" not in rows[-1]:
-                rows[-1]["reason"] = reason
+            if rows and rows[-1].keys() == {*named, "m", "routing"}:
+                rows[-1]["reason"] = _reason(error)
             else:
-                rows.append(named | {"reason": reason})
+                rows.append(named | {"reason": _reason(error)})
             _check_context()
         finally:
             runs = []
             gc.collect()
+            _check_context()
+            torch.cuda.empty_cache()
+
+    def _one_or_reason(self, provider: Provider, runs: list[Run], row: Row) -> None:
+        """One number of tokens; what it raises, out of memory above all, ends this row only."""
+        try:
+            self._one(provider, runs, row)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            row["reason"] = _reason(error)
+        if "reason" in row:
+            gc.collect()  # what a traceback or a half-captured graph held
             _check_context()
             torch.cuda.empty_cache()
 
@@ -108,34 +123,47 @@ class Measurement:
 
     def _expected(
         self, routing: str, tokens: int, number: int, scheme: ActivationScheme
-    ) -> torch.Tensor:
+    ) -> Expected:
         key = (routing, tokens, number, scheme)
         if key not in self._wanted:
-            call = self._inputs(routing, tokens)[number]
-            self._wanted[key] = oracle(self._sets[number], call, scheme)
+            weights = self._sets[number]
+            self._wanted[key] = expected(
+                lambda part: oracle(weights, part, scheme),
+                self._inputs(routing, tokens)[number],
+                self._options.check_seconds,
+            )
         return self._wanted[key]
 
     def _one(self, provider: Provider, runs: list[Run], row: Row) -> None:
         routing, tokens = row["routing"], row["m"]
         calls = self._inputs(routing, tokens)
         scheme = provider.judged_by(self._scheme)
-        worst, largest = 0.0, 0.0
+        worst, largest, checked = 0.0, 0.0, tokens
         for number, run in enumerate(runs):
             call = calls[number]
+            before = torch.cuda.memory_allocated()
             out = run(call.x, call.topk_weights, call.topk_ids)
-            found = errors(out, self._expected(routing, tokens, number, scheme))
+            if number == 0:
+                grown = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
+                self._kept_bytes += max(0, grown)
+            wanted = self._expected(routing, tokens, number, scheme)
+            checked = min(checked, wanted.output.shape[0])
+            found = errors(wanted.of(out), wanted.output)
+            del out
             # Written so that NaN is kept.
             worst = found[0] if not found[0] <= worst else worst
             largest = found[1] if not found[1] <= largest else largest
         row |= {
             "error": worst,
             "max_error": largest,
+            "checked_tokens": checked,
             "oracle": str(scheme),
             "tolerance": provider.tolerance,
             "wrong": not worst < provider.tolerance,
         }
         if row["wrong"] or self._options.check_only:
             return
+        row["extra_mb"] = (self._kept_bytes + _extra_bytes(runs[0], calls[0])) / 1e6
 
         def body() -> list[torch.Tensor]:
             return [
@@ -169,6 +197,21 @@ class Measurement:
         }
 
 
+def _extra_bytes(run: Run, call: Call) -> int:
+    """The most memory that one call has beside its inputs, weights and output."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run(call.x, call.topk_weights, call.topk_ids)
+    torch.cuda.synchronize()
+    # A peer's output may be the front of its workspace: only the output itself does not count.
+    return max(0, torch.cuda.max_memory_allocated() - before - out.nbytes)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def line(row: Row) -> str:
     """A row for the terminal."""
     start = f"{row['shape']:14} {row['provider']:18} "
@@ -184,7 +227,7 @@ def line(row: Row) -> str:
     return (
         f"{start}{row['us']:9.1f} us ±{row['spread_us']:5.1f} {row['gb_s']:7.0f} GB/s "
         f"{row['tflops']:7.1f} TFLOPS {100 * row['roofline_us'] / row['us']:5.0f} % of roofline "
-        f"{accuracy}{ratio}"
+        f"{accuracy} extra {row['extra_mb']:.0f} MB{ratio}"
     )
 
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.packing import pack_int4, unpack_int4
 from sglang_w4afp8.quantize.fp8 import quantize_fp8_block
 from sglang_w4afp8.reference import dequantize_fp8_block
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools import bench, bench_moe, bench_plot, bench_run
+from sglang_w4afp8.tools.bench_check import expected
 from sglang_w4afp8.tools.bench_moe import (
     Call,
     Ceilings,
@@ -72,6 +74,12 @@ def test_shapes() -> None:
     for words in ("r1-tp9", "experts=8", "experts=8,hidden=5,inner=3,top_k=x", "a=1,b"):
         with pytest.raises(ValueError, match="is none of"):
             shape_of(words)
+
+
+def test_file_names() -> None:
+    card = "NVIDIA H100 80GB HBM3"
+    assert bench._stem(card, "r1-tp8", [1, 256]) == "moe-h100-r1-tp8"
+    assert bench._stem(card, "r1-ep8", [256, 16384]) == "moe-h100-r1-ep8-prefill"
 
 
 def test_gpu_words() -> None:
@@ -141,8 +149,8 @@ class _Peer:
 
     tolerance = 1e-2
 
-    def __init__(self, name: str, how: str = "") -> None:
-        self.name, self.how = name, how
+    def __init__(self, name: str, how: str = "", fails_at: int = 4) -> None:
+        self.name, self.how, self.fails_at = name, how, fails_at
 
     def judged_by(self, scheme: ActivationScheme) -> ActivationScheme:
         return scheme
@@ -155,8 +163,8 @@ class _Peer:
             raise ImportError("no such  name\nin that library")
 
         def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            if self.how == "run" and x.shape[0] == 4:
-                raise RuntimeError("M = 4 is not built")
+            if self.how == "run" and x.shape[0] == self.fails_at:
+                raise RuntimeError(f"M = {self.fails_at} is not built")
             out = x * 2
             if self.how == "wrong":
                 out[0, 0] = float("nan")
@@ -178,10 +186,11 @@ def measurement(monkeypatch: pytest.MonkeyPatch) -> bench_run.Measurement:
 
     monkeypatch.setattr(bench_run, "oracle", expected)
     monkeypatch.setattr(bench_run, "graph_times_us", lambda body, *_: [float(len(body()))] * 3)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
     options = argparse.Namespace(
         scheme="static", weight_sets=2, tokens=[1, 4], routing=["uniform"], replays=3,
-        peer_limit=None, check_only=False, codes=15,
+        peer_limit=None, check_only=False, codes=15, check_seconds=2.0,
     )  # fmt: skip
     result = bench_run.Measurement(options, Ceilings(3000.0, 3000.0, 1500.0))
     result.load(SMALL)
@@ -197,6 +206,7 @@ def test_rows(measurement: bench_run.Measurement) -> None:
     ]  # fmt: skip
     fields = {"us", "spread_us", "gb_s", "tflops", "roofline_us", "error", "max_error", "oracle"}
     assert all(fields <= set(row) for row in rows)
+    assert [row["checked_tokens"] for row in rows] == [1, 4, 1, 4]
     assert "times_ours" not in rows[0] and rows[2]["times_ours"] == 1.0
     assert rows[0]["gb_s"] == pytest.approx(rows[0]["weight_bytes"] / rows[0]["us"] / 1e3)
 
@@ -220,6 +230,82 @@ def test_a_failing_peer_is_a_row(
     assert "us" in rows[-1]
 
 
+def test_a_call_that_fails_does_not_end_its_provider(measurement: bench_run.Measurement) -> None:
+    rows: list[dict[str, Any]] = []
+    measurement.provider(_Peer("deepgemm-fp8", "run", fails_at=1), rows)
+    assert [row.get("reason") for row in rows] == ["RuntimeError: M = 1 is not built", None]
+    assert "us" in rows[1]
+
+
+def test_extra_memory_is_what_a_call_takes_beside_its_output(
+    measurement: bench_run.Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the allocator: each call keeps 1 MB at its first time and peaks 7 MB above."""
+    held, peak, seen = 100_000_000, 0, 0
+
+    class Peer(_Peer):
+        def prepare(self, *_: Any) -> Callable[..., torch.Tensor]:
+            def run(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+                nonlocal held, peak, seen
+                out = x * 2
+                seen += 1
+                held += out.nbytes + (1_000_000 if seen == 1 else 0)
+                peak = max(peak, held + 7_000_000)
+                return out
+
+            return run
+
+    def reset() -> None:
+        nonlocal peak
+        peak = held
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    rows: list[dict[str, Any]] = []
+    measurement.provider(Peer("ours"), rows)
+    assert [row["extra_mb"] for row in rows] == [pytest.approx(8.0)] * 2
+
+
+def test_the_oracle_of_a_large_call_in_parts() -> None:
+    shape = replace(SMALL, group=32)
+    weights = random_weights(shape, ActivationScheme.DYNAMIC_PER_TOKEN, 0, device="cpu")
+    call = random_calls(SMALL, 21, "uniform", 1, seed=1, device="cpu")[0]
+
+    def oracle(part: Call) -> torch.Tensor:
+        return bench_moe.oracle(weights, part, ActivationScheme.DYNAMIC_PER_TOKEN)
+
+    whole = oracle(call)
+    alone = expected(oracle, call, 0.0)
+    assert alone.tokens is None and alone.of(whole) is whole
+    torch.testing.assert_close(alone.output, whole.float(), rtol=0, atol=0)
+    # Time for one of three parts of seven; then for all.
+    first = expected(oracle, call, 0.0, part=8)
+    assert first.tokens is not None and first.tokens.tolist() == list(range(0, 21, 3))
+    torch.testing.assert_close(first.of(whole).float(), first.output, rtol=1e-6, atol=1e-7)
+    parts = expected(oracle, call, 1e9, part=8)
+    assert parts.tokens is not None and sorted(parts.tokens.tolist()) == list(range(21))
+    torch.testing.assert_close(parts.of(whole).float(), parts.output, rtol=1e-6, atol=1e-7)
+
+
+def test_a_wrong_token_among_the_checked_is_found(
+    measurement: bench_run.Measurement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement._options, "check_seconds", 0.0)
+    monkeypatch.setattr(measurement._options, "tokens", [5000])
+    rows: list[dict[str, Any]] = []
+    measurement.provider(_Peer("ours"), rows)
+    measurement.provider(_Peer("marlin-w4a16", "wrong"), rows)
+    assert [row["checked_tokens"] for row in rows] == [1667, 1667]
+    assert [row["wrong"] for row in rows] == [False, True]
+
+
+def test_large_calls_are_few_in_a_graph() -> None:
+    tp8 = shape_of("r1-tp8")
+    counts = {m: bench_moe.call_count(tp8, m) for m in (1, 64, 4096, 8192, 16384, 1 << 17)}
+    assert counts == {1: 11, 64: 8, 4096: 8, 8192: 4, 16384: 2, 1 << 17: 2}
+
+
 def test_wrong_numbers_are_not_timed(measurement: bench_run.Measurement) -> None:
     rows: list[dict[str, Any]] = []
     measurement.provider(_Peer("marlin-w4a16", "wrong"), rows)
@@ -236,8 +322,8 @@ def test_a_lost_context_ends_the_run(
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     with pytest.raises(bench_run.ContextLost):
-        measurement.provider(_Peer("marlin-w4a16", "run"), rows)
-    assert rows[-1]["reason"].startswith("RuntimeError: M = 4")
+        measurement.provider(_Peer("marlin-w4a16", "run", fails_at=1), rows)
+    assert rows[-1]["reason"].startswith("RuntimeError: M = 1")
 
 
 def test_a_slow_peer_is_given_up(
@@ -278,3 +364,26 @@ def test_picture_and_summary(tmp_path: Path) -> None:
     assert {bench_plot.COLOURS[name] for name in lines} <= colours
     assert bench_plot.COLOURS["marlin-w4a16"] not in colours
     assert "sglang-cutlass" in bench_plot.summary(rows)
+
+
+def test_one_picture_of_several_files(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    common: dict[str, Any] = {"routing": "uniform", "roofline_us": 2.0, "provider": "ours"}
+
+    def result(shape: str, device: str, times: dict[int, float]) -> str:
+        rows = [common | {"shape": shape, "m": m, "us": us} for m, us in times.items()]
+        path = tmp_path / f"{shape}-{device}-{len(times)}.json"
+        path.write_text(json.dumps({"device": device, "rows": rows}))
+        return str(path)
+
+    decode = result("r1-tp8", "H100", {1: 16.0, 256: 290.0})
+    prefill = result("r1-tp8", "H100", {256: 280.0, 4096: 700.0, 16384: 2000.0})
+    both = [json.loads(Path(name).read_text()) for name in (decode, prefill)]
+    lines = bench_plot.series(bench_plot.merged(both)["rows"], "uniform")
+    assert lines["ours"] == [(1, 16.0), (256, 280.0), (4096, 700.0), (16384, 2000.0)]
+    png = tmp_path / "both.png"
+    assert bench.main(["plot", decode, prefill, str(png)]) == 0
+    assert image.open(png).size == (900, 560)
+    for other in (result("r1-tp16", "H100", {1: 2.0}), result("r1-tp8", "H200", {1: 2.0})):
+        with pytest.raises(ConfigError, match="results of several"):
+            bench.main(["plot", decode, other, str(png)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -46,3 +47,45 @@ def test_the_page_names_the_range_and_the_tested_versions() -> None:
     text = (ROOT / "docs/compatibility.md").read_text()
     assert f"`sglang{compat.SUPPORTED_SGLANG}`" in text
     assert f"{' and '.join(compat.TESTED)}: contract" in text
+
+
+def test_prefill_results_have_their_own_tables(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def row(provider: str, m: int, us: float, routing: str = "uniform") -> dict[str, object]:
+        ratio = {} if provider == "ours" else {"times_ours": 2.0}
+        return ratio | {
+            "shape": "r1-tp8", "routing": routing, "m": m, "provider": provider, "us": us,
+            "spread_us": 1.0, "gb_s": 9.0, "tflops": 5.0, "roofline_us": us / 4, "extra_mb": m / 2,
+        }  # fmt: skip
+
+    def write(name: str, *rows: dict[str, object]) -> None:
+        (tmp_path / name).write_text(json.dumps({"device": "NVIDIA H100", "rows": rows}))
+
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    for make in (script.memory_table, script.skew_table, script.TABLES["prefill"][1]):
+        assert make() == "Not measured yet."
+    write("moe-h100-r1-tp8.json", row("ours", 64, 225.0))
+    write(
+        "moe-h100-r1-tp8-prefill.json",
+        *(
+            row(name, m, us)
+            for name, us in (("ours", 700.0), ("humming", 900.0))
+            for m in (256, 4096)
+        ),
+        {"shape": "r1-tp8", "provider": "deepgemm", "m": 4096, "reason": "out of memory"},
+    )
+    write("moe-h100-prefill-skewed.json", row("ours", 4096, 770.0, "zipf"))
+    tables = {
+        name: script.TABLES[name][1]()
+        for name in script.TABLES
+        if "ernel" in script.TABLES[name][0]
+    }
+    assert "225.0" in tables["kernels"] and "700.0" not in tables["kernels"] + tables["peers"]
+    assert "| H100 | r1-tp8 | uniform | 4096 | 700.0 |" in tables["prefill"]
+    assert "| 25 |" in tables["prefill"] and "225.0" not in tables["prefill"]
+    assert "| r1-tp8 | uniform | 4096 | 700.0 | 900.0 (2.0×) |" in tables["prefill-peers"]
+    assert "deepgemm" not in tables["prefill-peers"]
+    assert "| r1-tp8 | uniform | 4096 | 2048 | 2048 |" in tables["prefill-memory"]
+    assert "256" not in tables["prefill-memory"]
+    assert "| r1-tp8 | zipf | 4096 | 1.10× |" in tables["prefill-skew"]
