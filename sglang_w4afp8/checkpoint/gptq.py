@@ -22,7 +22,7 @@ from sglang_w4afp8.packing import unpack_int4
 
 def unpack_words(words: torch.Tensor) -> torch.Tensor:
     """int32 ``(R, C)`` words along the last axis to ``(R, 8C)`` values 0…15, float32."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     return ((words.unsqueeze(-1) >> shifts) & 0xF).flatten(1).to(torch.float32)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sglang_w4afp8.checkpoint.formats import ExpertParts, FloatWeight, Int4Weight, detect
+from sglang_w4afp8.checkpoint.gptq import unpack_words
 from sglang_w4afp8.checkpoint.index import DTYPE_NAMES, TensorEntry
 from sglang_w4afp8.errors import CheckpointError
 from sglang_w4afp8.packing import pack_int4
@@ -283,3 +284,9 @@ def test_unknown_formats_are_named():
     parts, _ = bundle({"weight": torch.zeros(4, 4, dtype=torch.int16)})
     with pytest.raises(CheckpointError, match="I16"):
         detect(parts)
+
+
+def test_words_are_unpacked_where_they_are():
+    """A loader may hand over tensors that are on the GPU already."""
+    made = unpack_words(torch.empty(2, 3, dtype=torch.int32, device="meta"))
+    assert (made.device.type, tuple(made.shape)) == ("meta", (2, 24))
