@@ -129,7 +129,11 @@ def load_amaxes(path: str | os.PathLike[str]) -> Amaxes:
         for name, value in items:
             _add(found, name, value)
     if not found:
-        raise ConfigError(f"{path} holds no activation scales", "nothing can be static", [])
+        raise ConfigError(
+            f"{path} holds no activation scales",
+            "nothing can be static",
+            ["calibrate again", "--activation dynamic  needs no scales"],
+        )
     return found
 
 

@@ -20,7 +20,12 @@ class DenseFloat:
         shape = parts.entry("weight").shape
         if len(shape) != 2:
             raise CheckpointError(
-                f"{parts.prefix}.weight has shape {list(shape)}", "a matrix is expected", []
+                f"{parts.prefix}.weight has shape {list(shape)}",
+                "an expert's projection is a matrix",
+                [
+                    "sglang-w4afp8 inspect CHECKPOINT  shows what it holds",
+                    "download the shard again",
+                ],
             )
         return shape[0], shape[1]
 

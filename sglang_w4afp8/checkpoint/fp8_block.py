@@ -38,7 +38,9 @@ def block_of(
     """
     if len(weight.shape) != 2:
         raise CheckpointError(
-            f"{name}: FP8 weight of shape {list(weight.shape)}", "a matrix is expected", []
+            f"{name}: FP8 weight of shape {list(weight.shape)}",
+            "blocks cut a matrix",
+            ["sglang-w4afp8 inspect CHECKPOINT  shows what it holds", "download the shard again"],
         )
     rows, columns = weight.shape
     if scale.shape in ((), (1,), (1, 1)) and declared is None:

@@ -225,7 +225,9 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: {error}", "the file must hold JSON", ["fetch the file again"]
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object", "a mapping is expected", [])
+        raise CheckpointError(
+            f"{path} holds no JSON object", "a mapping is expected", ["fetch the file again"]
+        )
     return value
 
 

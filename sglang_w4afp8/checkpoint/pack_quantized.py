@@ -42,7 +42,9 @@ class PackQuantized:
         bits = _bits(parts)
         if bits != 4:
             raise CheckpointError(
-                f"{parts.prefix}: {bits}-bit weights", "W4AFP8 experts are 4-bit", []
+                f"{parts.prefix}: {bits}-bit weights",
+                "W4AFP8 experts are 4-bit",
+                ["convert from the BF16 or FP8 checkpoint instead"],
             )
         rows, columns = packed.shape[0], packed.shape[1] * 8
         if scale.shape[0] != rows or columns % scale.shape[1]:

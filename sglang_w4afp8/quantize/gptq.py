@@ -34,7 +34,9 @@ def inverse_factor(hessian: torch.Tensor, name: str = "hessian") -> torch.Tensor
     """
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
         raise CheckpointError(
-            f"{name} has shape {list(hessian.shape)}", "a square matrix is expected", []
+            f"{name} has shape {list(hessian.shape)}",
+            "second moments are a square matrix",
+            ["calibrate again", "--method mse  needs no calibration"],
         )
     moments = hessian.to(torch.float32)
     diagonal = moments.diagonal()

@@ -85,7 +85,11 @@ def check_device(device: str) -> str:
     """
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device}", "known devices are cpu and cuda[:N]", [])
+        raise ConfigError(
+            f"--device {device}",
+            "it is neither cpu nor cuda[:N]",
+            ["--device cpu", "--device cuda"],
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise HostError(
             "--device cuda",

@@ -266,7 +266,9 @@ def verify_checkpoint(
     """
     started = time.monotonic()
     if not 0.0 < sample <= 1.0:
-        raise ConfigError(f"--sample {sample}", "a fraction between 0 and 1 is expected", [])
+        raise ConfigError(
+            f"--sample {sample}", "it is a fraction between 0 and 1", ["--sample 0.1", "--sample 1"]
+        )
     if workers < 1:
         raise ConfigError(f"--workers {workers}", "at least one is needed", ["--workers 1"])
     source, target = open_index(src), open_index(dst)
