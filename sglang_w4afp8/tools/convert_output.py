@@ -22,7 +22,7 @@ from sglang_w4afp8.spec import QuantSpec
 from sglang_w4afp8.tools.console import human_bytes
 from sglang_w4afp8.tools.convert_plan import ConvertPlan
 from sglang_w4afp8.tools.rewrite import MANIFEST_NAME
-from sglang_w4afp8.tools.rewrite_job import ShardRecord
+from sglang_w4afp8.tools.rewrite_job import ShardJob, ShardRecord
 from sglang_w4afp8.tools.source_tensors import quant_section
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -94,12 +94,12 @@ def model_config(source_config: dict[str, Any], section: dict[str, Any]) -> dict
     return config
 
 
-def weight_index(plan: ConvertPlan) -> dict[str, Any]:
-    """The safetensors index of the result."""
-    weight_map = {item.name: job.shard for job in plan.jobs for item in job.outputs}
+def weight_index(jobs: Iterable[ShardJob]) -> dict[str, Any]:
+    """The safetensors index of what jobs make."""
+    placed = [(item.name, job.shard, item.nbytes) for job in jobs for item in job.outputs]
     return {
-        "metadata": {"total_size": plan.output_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
+        "metadata": {"total_size": sum(nbytes for _, _, nbytes in placed)},
+        "weight_map": {name: shard for name, shard, _ in sorted(placed)},
     }
 
 
@@ -138,13 +138,28 @@ def quality_table(records: Iterable[ShardRecord]) -> dict[str, Any]:
     }
 
 
-def manifest(plan: ConvertPlan, records: list[ShardRecord]) -> dict[str, Any]:
-    """What was made from what, with checksums."""
+def manifest(
+    fingerprint: str, options: dict[str, Any], records: Iterable[ShardRecord], **more: Any
+) -> dict[str, Any]:
+    """What a run made, under which options, with checksums."""
     return {
         "format": "sglang-w4afp8 manifest 1",
-        "fingerprint": plan.fingerprint,
+        "fingerprint": fingerprint,
         "version": __version__,
-        "options": {
+        "options": options,
+        **more,
+        "shards": {
+            record.shard: {"sha256": record.sha256, "size_bytes": record.size_bytes}
+            for record in sorted(records, key=lambda item: item.shard)
+        },
+    }
+
+
+def conversion_manifest(plan: ConvertPlan, records: list[ShardRecord]) -> dict[str, Any]:
+    """:func:`manifest` of a conversion."""
+    return manifest(
+        plan.fingerprint,
+        {
             "method": plan.options.method,
             "group_size": plan.group_size,
             "activation": plan.options.activation,
@@ -152,15 +167,12 @@ def manifest(plan: ConvertPlan, records: list[ShardRecord]) -> dict[str, Any]:
             "keep": list(plan.options.keep),
             "device": plan.options.device_type,
         },
-        "source_formats": plan.formats,
-        "layers": plan.layers,
-        "kept": plan.kept,
-        "quality": quality_table(records),
-        "shards": {
-            record.shard: {"sha256": record.sha256, "size_bytes": record.size_bytes}
-            for record in sorted(records, key=lambda item: item.shard)
-        },
-    }
+        records,
+        source_formats=plan.formats,
+        layers=plan.layers,
+        kept=plan.kept,
+        quality=quality_table(records),
+    )
 
 
 def model_card(
@@ -315,8 +327,8 @@ def write_outputs(
         write_atomic(target / "README.source.md", source_card.read_bytes())
     card = model_card(plan, index, records, minus_eight)
     write_atomic(target / "README.md", card.encode())
-    write_atomic(target / INDEX_NAME, dump(weight_index(plan)))
+    write_atomic(target / INDEX_NAME, dump(weight_index(plan.jobs)))
     write_atomic(target / "hf_quant_config.json", dump(hf_quant_config()))
-    write_atomic(target / MANIFEST_NAME, dump(manifest(plan, records)))
+    write_atomic(target / MANIFEST_NAME, dump(conversion_manifest(plan, records)))
     section = quantization_config(plan, index.config, minus_eight)
     write_atomic(target / "config.json", dump(model_config(index.config, section)))

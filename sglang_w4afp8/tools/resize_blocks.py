@@ -38,7 +38,7 @@ from sglang_w4afp8.quantize.fp8 import block_grid, resize_block_scale
 from sglang_w4afp8.quantize.groups import resize_group_scale
 from sglang_w4afp8.spec import GROUP_SIZES
 from sglang_w4afp8.tools.console import human_bytes, human_seconds, print_json
-from sglang_w4afp8.tools.convert_output import copy_auxiliary, dump
+from sglang_w4afp8.tools.convert_output import copy_auxiliary, dump, manifest, weight_index
 from sglang_w4afp8.tools.rewrite import MANIFEST_NAME, check_paths, check_space, rewrite
 from sglang_w4afp8.tools.rewrite_job import Made, ShardJob, ShardRecord
 from sglang_w4afp8.tools.source_tensors import quant_section
@@ -303,21 +303,10 @@ def resize_checkpoint(
 
     def finish(records: list[ShardRecord]) -> None:
         copy_auxiliary(index, target, rewritten=("config.json", MANIFEST_NAME))
-        weight_map = {item.name: job.shard for job in plan.jobs for item in job.outputs}
+        options = {"block": block, "group_size": group_size}
         files = {
-            INDEX_NAME: {
-                "metadata": {"total_size": report.output_bytes},
-                "weight_map": dict(sorted(weight_map.items())),
-            },
-            MANIFEST_NAME: {
-                "format": "sglang-w4afp8 manifest 1",
-                "fingerprint": fingerprint,
-                "version": __version__,
-                "options": {"block": block, "group_size": group_size},
-                "shards": {
-                    r.shard: {"sha256": r.sha256, "size_bytes": r.size_bytes} for r in records
-                },
-            },
+            INDEX_NAME: weight_index(plan.jobs),
+            MANIFEST_NAME: manifest(fingerprint, options, records),
             "config.json": _config(index, plan, block, group_size),
         }
         for name, value in files.items():
