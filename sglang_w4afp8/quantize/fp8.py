@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sglang_w4afp8.errors import CheckpointError
+from sglang_w4afp8.reference import FP8_MAX
 
 _MAGNITUDE_NAN = 0x7F
 
@@ -121,7 +122,7 @@ def quantize_fp8_block(
     rows, columns = values.shape[0] // block[0], values.shape[1] // block[1]
     tiles = values.view(rows, block[0], columns, block[1])
     largest = tiles.abs().amax(dim=(1, 3))
-    scale = torch.where(largest > 0, largest / 448.0, torch.ones_like(largest))
+    scale = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))
     # The division may end a hair above 448, which E4M3 would turn into NaN.
-    codes = (tiles / scale[:, None, :, None]).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    codes = (tiles / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.view_as(values), scale

@@ -35,7 +35,6 @@ from sglang_w4afp8.srt.preflight import check_model
 
 logger = logging.getLogger(__name__)
 
-
 NAME = "w4afp8"
 
 

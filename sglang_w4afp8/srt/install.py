@@ -22,9 +22,7 @@ from sglang.srt.model_executor.model_runner_components import moe_ep_setup
 from sglang.srt.model_loader import weight_utils
 
 from sglang_w4afp8.srt import host
-from sglang_w4afp8.srt.config import ShardedW4AFp8Config
-
-NAME = "w4afp8"
+from sglang_w4afp8.srt.config import NAME, ShardedW4AFp8Config
 
 
 def install() -> type:

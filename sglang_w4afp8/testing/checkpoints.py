@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_w4afp8.checkpoint.index import INDEX_NAME
+from sglang_w4afp8.reference import FP8_MAX
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
