@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_w4afp8.kernels.hopper import backend, launch
-from sglang_w4afp8.kernels.hopper.plan import Layer, Limits
+from sglang_w4afp8.kernels.hopper.plan import UNLIMITED, Layer, Limits
 from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
 from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.sharding import AxisShard
@@ -23,7 +23,7 @@ class Block(torch.nn.Module):
         hidden: int,
         full_inner: int,
         scheme: ActivationScheme,
-        limits: Limits = Limits(8, 256),  # noqa: B008
+        limits: Limits = Limits(8, 256, UNLIMITED),  # noqa: B008
     ) -> None:
         super().__init__()
         columns = AxisShard.even(full_inner, 128, 0, 8)
@@ -85,7 +85,7 @@ def test_the_calls_paths_are_the_prepared_layers(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     blocks = [
         Block(256, 2048, ActivationScheme.STATIC, limits)
-        for limits in (Limits(8, 64), Limits(3, 1))
+        for limits in (Limits(8, 64, UNLIMITED), Limits(3, 1, 700))
     ]
 
     def step(x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -97,4 +97,4 @@ def test_the_calls_paths_are_the_prepared_layers(monkeypatch: pytest.MonkeyPatch
     for tokens in (6, 9):
         ids = torch.zeros(tokens, 2, dtype=torch.int32)
         compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16), torch.zeros(tokens, 2), ids)
-    assert seen == [Limits(8, 64), Limits(3, 1)] * 2
+    assert seen == [Limits(8, 64, UNLIMITED), Limits(3, 1, 700)] * 2

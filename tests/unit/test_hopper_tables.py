@@ -13,7 +13,8 @@ import pytest
 
 from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.kernels.hopper import plan, tables
-from sglang_w4afp8.kernels.hopper.plan import PATHS, Layer, Limits, default_limits
+from sglang_w4afp8.kernels.hopper.plan import Layer, Limits, default_limits
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
 TP8 = Layer(256, 7168, 256, 128, 128, 8, False, False)
 OTHER = Layer(64, 2048, 192, 128, 64, 6, True, True)
@@ -45,12 +46,25 @@ def test_plan_obeys_limits() -> None:
     # A limit beyond what a path can run: the next path, not an error.
     beyond = replace(TP8, limits=limits(small=1 << 20, medium=1 << 20))
     assert [plan.plan(beyond, m, 132).path for m in (16, 17, 256)] == ["small", "medium", "medium"]
-    assert plan.plan(beyond, 257, 132).path not in ("small", "medium")
+    assert plan.plan(beyond, 257, 132).path == "large"
+
+
+def test_prefill_begins_beyond_the_last_limit() -> None:
+    assert not plan.takes_prefill(TP8, 1 << 20), "without a table it is not taken"
+    layer = replace(TP8, limits=limits(large=700))
+    assert [plan.takes_prefill(layer, m) for m in (1, 700, 701, 1 << 20)] == [False] * 2 + [
+        True
+    ] * 2
+    early = replace(TP8, limits=limits(medium=256, large=0))
+    assert [plan.takes_prefill(early, m) for m in (256, 257)] == [False, True]
 
 
 def test_a_forced_path_ignores_limits() -> None:
-    layer = replace(TP8, limits=limits(small=0, medium=0))
-    assert [plan.plan(layer, 4, 132, path).path for path in PATHS] == list(PATHS)
+    layer = replace(TP8, limits=limits(small=0, medium=0, large=0))
+    for path in ("small", "medium", "large"):
+        assert plan.plan(layer, 4, 132, path).path == path
+        assert not plan.takes_prefill(layer, 1 << 20, path)
+    assert plan.takes_prefill(TP8, 4, "prefill")
 
 
 def test_kernels_of_all_limits_are_built_ahead() -> None:
@@ -58,6 +72,9 @@ def test_kernels_of_all_limits_are_built_ahead() -> None:
     ahead = set(plan.kernels(TP8, 132))
     for tokens in range(1, 300):
         assert {launch.kernel for launch in plan.plan(layer, tokens, 132).launches} <= ahead
+    prefill = {launch.kernel for launch in plan_prefill(TP8, 4096, 132).launches}
+    assert not prefill & ahead, "nobody waits for kernels that no call takes"
+    assert prefill <= set(plan.kernels(replace(TP8, limits=limits(large=700)), 132))
 
 
 def test_the_users_table_wins_then_the_committed_then_defaults() -> None:
@@ -168,7 +185,12 @@ def test_the_log_says_which_table_once(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             tables.log_once(TP8, CARD)
-    assert caplog.text.count("small to 5, medium to 77") == 1 and str(path) in caplog.text
+    told = "small to 5 tokens, medium to 77 tokens, large beyond"
+    assert caplog.text.count(told) == 1 and str(path) in caplog.text
+    assert tables.words(Limits(0, 64, 900)) == (
+        "medium to 64 tokens, large to 900 tokens, prefill beyond"
+    )
+    assert tables.words(Limits(8, 0, 8)) == "small to 8 tokens, prefill beyond"
 
 
 def test_committed_tables_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ graphs see one opaque node. Whether the weights hold a −8 is written in their 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,7 +78,7 @@ class HopperBackend:
         dtype = torch.uint8 if minus_eight else torch.int8
         dynamic = problem.scheme is not ActivationScheme.STATIC
         top_k = problem.top_k or 8
-        sizes = _layer(w13, w2, w13_scale, w2_scale, top_k, minus_eight, dynamic)
+        sizes = layer_of(w13, w2, w13_scale, w2_scale, top_k, minus_eight, dynamic)
         limits = tables.find(sizes, problem.device.name).limits
         counters = None
         if weights.w13.is_cuda:
@@ -86,7 +86,7 @@ class HopperBackend:
             counters = launch.new_counters(weights.w13.device)
             # A graph capture must find the kernels loaded.
             properties = torch.cuda.get_device_properties(weights.w13.device)
-            needed = plan.kernels(sizes, properties.multi_processor_count)
+            needed = plan.kernels(replace(sizes, limits=limits), properties.multi_processor_count)
             build.build_all(needed)
             with torch.cuda.device(weights.w13.device):
                 for kernel in needed:
@@ -141,7 +141,7 @@ def _as_bf16(scale: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def _layer(
+def layer_of(
     w13: torch.Tensor,
     w2: torch.Tensor,
     w13_scale: torch.Tensor,
@@ -151,6 +151,7 @@ def _layer(
     dynamic: bool,
     limits: plan.Limits | None = None,
 ) -> plan.Layer:
+    """The sizes of prepared tensors; the others are as in :class:`plan.Layer`."""
     experts, hidden, half_inner = w2.shape
     return plan.Layer(
         experts,
@@ -191,7 +192,7 @@ def hopper_moe(
         ``(M, hidden)`` bfloat16.
     """
     dynamic = w13_input_scale is None
-    layer = _layer(
+    layer = layer_of(
         w13,
         w2,
         w13_scale,

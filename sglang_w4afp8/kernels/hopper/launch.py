@@ -21,6 +21,7 @@ from sglang_w4afp8.kernels.hopper.plan import (
     Plan,
     most_tokens,
     plan,
+    takes_prefill,
 )
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
@@ -155,6 +156,7 @@ def new_counters(device: torch.device) -> torch.Tensor:
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:
+    """``tensor``'s address, NULL for none."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -189,7 +191,7 @@ def launches(
     """
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if path == "prefill":
+    if takes_prefill(layer, t.x.shape[0], path):
         from sglang_w4afp8.kernels.hopper.launch_prefill import launches_prefill
 
         return launches_prefill(layer, plan_prefill(layer, t.x.shape[0], sms), t, out, factor)

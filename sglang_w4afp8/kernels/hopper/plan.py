@@ -8,6 +8,7 @@ The path is chosen by the number of tokens alone, since nothing may wait for the
 * ``medium``, three launches: token lists and FP8 of x; gate and up; down with the sum over experts,
   again by 64 output rows a CTA, in shared memory.
 * ``large``, four launches: the same first two; down; sum over experts.
+* ``prefill``, three launches, planned in :mod:`sglang_w4afp8.kernels.hopper.plan_prefill`.
 
 The stages of all work units of gate and up form one list that is dealt out in equal runs, so that
 each CTA streams the same number of bytes whatever the routing is.
@@ -50,9 +51,12 @@ class Limits(NamedTuple):
 
     small: int
     medium: int
+    large: int
 
 
-PATHS = (*Limits._fields, "large")
+PATHS = (*Limits._fields, "prefill")
+UNLIMITED = 1 << 30
+"""A limit that no call exceeds."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Plan:
     """The launches of a call, in order, and the sizes of their workspace.
 
     Attributes:
-        path: one of :data:`PATHS`.
+        path: one of :data:`PATHS` but ``prefill``.
         launches: in stream order.
         tiles: most token tiles, or slots (small).
     """
@@ -256,9 +260,23 @@ def default_limits(layer: Layer) -> Limits:
     """For a card or shape without a table; from measurements on an H100.
 
     ``small`` has eight columns in its matrix instructions. ``medium`` loses with less than 8 KB of
-    w2 per row tile, where fewer and larger copies win.
+    w2 per row tile, where fewer and larger copies win. ``prefill`` is taken by table only.
     """
-    return Limits(SMALL_TOKENS, {1: MAX_MEDIUM_TOKENS, 2: 128}.get(layer.down.tiles, 0))
+    medium = {1: MAX_MEDIUM_TOKENS, 2: 128}.get(layer.down.tiles, 0)
+    return Limits(SMALL_TOKENS, medium, UNLIMITED)
+
+
+def takes_prefill(layer: Layer, tokens: int, path: str | None = None) -> bool:
+    """Whether a call is ``prefill``'s, which :func:`plan` does not plan.
+
+    Args:
+        layer: the sizes.
+        tokens: M.
+        path: forces one of :data:`PATHS`.
+    """
+    limits = layer.limits or default_limits(layer)
+    beyond = tokens > max(limits) and path is None
+    return path == "prefill" or beyond
 
 
 def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
@@ -312,7 +330,7 @@ def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
-        path: forces one of :data:`PATHS` where it can run the call, else the large one; for tests
+        path: forces ``small`` or ``medium`` (where they can run the call) or ``large``; for tests
             and the bench. None: the first whose limit is not exceeded and that can run the call.
     """
     limits = layer.limits or default_limits(layer)
@@ -337,10 +355,14 @@ def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
     found: dict[Kernel, None] = {}
     tokens = 1
     while tokens <= 1 << 20:
-        for path in PATHS:
+        for path in Limits._fields:
             for launch in plan(layer, tokens, sms, path).launches:
                 found[launch.kernel] = None
         tokens *= 2
+    if takes_prefill(layer, UNLIMITED):
+        from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
+
+        found |= {launch.kernel: None for launch in plan_prefill(layer, tokens, sms).launches}
     return tuple(found)
 
 

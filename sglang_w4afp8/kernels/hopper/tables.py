@@ -28,7 +28,13 @@ from typing import Any
 
 from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.kernels.hopper import build
-from sglang_w4afp8.kernels.hopper.plan import Layer, Limits, default_limits
+from sglang_w4afp8.kernels.hopper.plan import (
+    PATHS,
+    UNLIMITED,
+    Layer,
+    Limits,
+    default_limits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +186,16 @@ def limits_of(named: Mapping[str, int], layer: Layer) -> Limits:
 
 
 def words(limits: Limits) -> str:
-    """``small to 8, medium to 256 tokens``."""
-    return ", ".join(f"{name} to {most}" for name, most in limits._asdict().items()) + " tokens"
+    """``small to 8, medium to 256, large to 900 tokens, prefill beyond``."""
+    used: list[str] = []
+    reached = 0
+    for name, most in limits._asdict().items():
+        if most >= UNLIMITED:
+            return ", ".join([*used, f"{name} beyond"])
+        if most > reached:
+            used.append(f"{name} to {most} tokens")
+            reached = most
+    return ", ".join([*used, f"{PATHS[-1]} beyond"])
 
 
 @lru_cache
