@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from sglang_w4afp8.contract import Hook, Kind
+from sglang_w4afp8.hooks_deepep import DEEPEP_HOOKS
 from sglang_w4afp8.hooks_weights import WEIGHT_HOOKS
 
 _PLUGINS = "sglang.srt.plugins"
@@ -250,8 +251,8 @@ _MOE = (
         ),
         "what the layer computes",
     ),
-    _moe(f"{_MOE_PACKAGE}.utils:get_moe_a2a_backend", Kind.CALL, (), "is DeepEP or kin on"),
-    _moe(f"{_MOE_PACKAGE}.utils:MoeA2ABackend.is_none", Kind.CALL, (), "is DeepEP or kin on"),
+    _moe(f"{_MOE_PACKAGE}.utils:get_moe_a2a_backend", Kind.CALL, (), "is a token dispatcher on"),
+    _moe(f"{_MOE_PACKAGE}.utils:MoeA2ABackend.is_none", Kind.CALL, (), "is a token dispatcher on"),
     _moe(
         f"{_MOE_PACKAGE}.token_dispatcher.standard:StandardDispatchOutput",
         Kind.ATTRIBUTE,
@@ -314,5 +315,6 @@ HOOKS: tuple[Hook, ...] = (
     *_HOST,
     *_CONFIG,
     *_MOE,
+    *DEEPEP_HOOKS,
     *WEIGHT_HOOKS,
 )

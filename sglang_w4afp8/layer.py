@@ -75,6 +75,8 @@ class MoEProblem:
         dtype: of the hidden states.
         activation: between gate and up, ``silu`` for all supported models.
         apply_router_weight_on_input: weigh inputs, not outputs.
+        dispatched: a token dispatcher (DeepEP) brings the rows, perhaps in E4M3 and perhaps sorted
+            to experts.
     """
 
     num_experts: int
@@ -87,6 +89,7 @@ class MoEProblem:
     dtype: torch.dtype = torch.bfloat16
     activation: str = "silu"
     apply_router_weight_on_input: bool = False
+    dispatched: bool = False
 
     @property
     def intermediate_size(self) -> int:

@@ -13,6 +13,10 @@ token t and expert e with group scales s and activation scale a::
 
 Scales are applied exactly, sums are not rounded in between; a kernel may differ from this by its
 accumulation order and by where it rounds to BF16, which is what tolerances allow for.
+
+Rows that a token dispatcher has quantised already (DeepEP: E4M3 and one scale per 128 columns) take
+the place of q1 as they are. :func:`masked_reference` is the layer without the last line, for rows
+that the dispatcher has sorted to experts.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from sglang_w4afp8.spec import ActivationScheme
 
 FP8_MAX = 448.0
 """Largest finite E4M3 value."""
+ROW_GROUP = 128
+"""Columns per scale of the E4M3 rows that token dispatchers send."""
 
 
 def dequantize_int4(
@@ -109,6 +115,22 @@ def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.to(x.dtype) * scale.to(x.dtype)
 
 
+def dequantize_rows(
+    rows: torch.Tensor, row_scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows as numbers: converted, and times their scales if they have some.
+
+    Args:
+        rows: ``(…, K)`` floating point; float8_e4m3fn where there are scales.
+        row_scale: ``(…, K/128)`` float32 of any strides, or None.
+        dtype: of the result.
+    """
+    rows = rows.to(dtype)
+    if row_scale is None:
+        return rows
+    return (rows.unflatten(-1, (-1, ROW_GROUP)) * row_scale.to(dtype).unsqueeze(-1)).flatten(-2)
+
+
 def moe_reference(
     x: torch.Tensor,
     weights: MoEWeights,
@@ -116,6 +138,7 @@ def moe_reference(
     topk_ids: torch.Tensor,
     *,
     scheme: ActivationScheme,
+    x_scale: torch.Tensor | None = None,
     routed_scaling_factor: float = 1.0,
     apply_router_weight_on_input: bool = False,
     compute_dtype: torch.dtype = torch.float64,
@@ -129,6 +152,8 @@ def moe_reference(
         topk_weights: ``(T, top_k)`` float32.
         topk_ids: ``(T, top_k)`` integer local expert ids; any id outside 0 … E − 1 is skipped.
         scheme: how expert inputs are quantised.
+        x_scale: ``(T, K/128)`` float32, for ``x`` in float8_e4m3fn: the input of gate and up as it
+            is, not quantised again.
         routed_scaling_factor: multiplies the result.
         apply_router_weight_on_input: weigh the input instead of the output (top_k = 1 models).
         compute_dtype: of every product and sum.
@@ -142,7 +167,7 @@ def moe_reference(
     out = torch.zeros(x.shape[0], weights.hidden_size, dtype=compute_dtype, device=x.device)
     if x.shape[0] == 0:
         return out
-    x = x.to(compute_dtype)
+    x = dequantize_rows(x, x_scale, compute_dtype)
     route = topk_weights.to(compute_dtype)
 
     def quantized(rows: torch.Tensor, static_scale: torch.Tensor | None) -> torch.Tensor:
@@ -150,9 +175,12 @@ def moe_reference(
             return rows
         return fake_quantize_fp8(rows, activation_scale(rows, scheme, static_scale))
 
+    def quantized_input(rows: torch.Tensor) -> torch.Tensor:
+        return rows if x_scale is not None else quantized(rows, weights.w13_input_scale)
+
     # One entry per visited expert: the tokens, their router weights, silu(gate) · up.
     visits: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    quantized_x = x if apply_router_weight_on_input else quantized(x, weights.w13_input_scale)
+    quantized_x = x if apply_router_weight_on_input else quantized_input(x)
     for expert in range(weights.num_experts):
         hits = topk_ids == expert  # (T, top_k)
         if visit_all_experts:
@@ -164,13 +192,9 @@ def moe_reference(
         weight = (route * hits).sum(dim=-1, keepdim=True)[tokens]  # (t, 1)
         rows = quantized_x[tokens]
         if apply_router_weight_on_input:
-            rows = quantized(rows * weight, weights.w13_input_scale)
+            rows = quantized_input(rows * weight)
             weight = hits.any(dim=-1, keepdim=True)[tokens].to(compute_dtype)
-        w13 = dequantize_int4(
-            weights.w13[expert], weights.w13_scale[expert], weights.w13_group_size, compute_dtype
-        )
-        gate, up = (rows @ w13.T).chunk(2, dim=-1)
-        inner = F.silu(gate) * up
+        inner = _gate_up(rows, weights, expert)
         if visit_all_experts:
             # Rows of tokens that are not this expert's must not reach a per-tensor amax.
             inner = inner * hits.any(dim=-1, keepdim=True)
@@ -182,8 +206,77 @@ def moe_reference(
     inner_all = quantized(torch.cat([inner for *_, inner in visits]), weights.w2_input_scale)
     pieces = inner_all.split([len(tokens) for _, tokens, _, _ in visits])
     for (expert, tokens, weight, _), inner in zip(visits, pieces, strict=True):
-        w2 = dequantize_int4(
-            weights.w2[expert], weights.w2_scale[expert], weights.w2_group_size, compute_dtype
-        )
-        out.index_add_(0, tokens, (inner @ w2.T) * weight)
+        out.index_add_(0, tokens, _down(inner, weights, expert) * weight)
     return out * routed_scaling_factor
+
+
+def _gate_up(rows: torch.Tensor, weights: MoEWeights, expert: int) -> torch.Tensor:
+    """``silu(gate) · up`` of ``(t, K)`` quantised rows."""
+    w13 = dequantize_int4(
+        weights.w13[expert], weights.w13_scale[expert], weights.w13_group_size, rows.dtype
+    )
+    gate, up = (rows @ w13.T).chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _down(inner: torch.Tensor, weights: MoEWeights, expert: int) -> torch.Tensor:
+    w2 = dequantize_int4(
+        weights.w2[expert], weights.w2_scale[expert], weights.w2_group_size, inner.dtype
+    )
+    return inner @ w2.T
+
+
+def masked_reference(
+    rows: torch.Tensor,
+    weights: MoEWeights,
+    masked_m: torch.Tensor,
+    *,
+    scheme: ActivationScheme,
+    row_scale: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Every expert on the rows that a dispatcher has put into its slots.
+
+    No tensor's shape depends on the counts and nothing waits for the host.
+
+    Args:
+        rows: ``(E, M, K)``; what lies behind an expert's count may be anything, NaN as well.
+        weights: in checkpoint order.
+        masked_m: ``(E,)`` integer rows of each expert, at most M.
+        scheme: how expert inputs are quantised.
+        row_scale: ``(E, M, K/128)`` float32 for rows in float8_e4m3fn, see :func:`moe_reference`.
+        compute_dtype: of every product and sum.
+
+    Returns:
+        ``(E, M, K)`` in ``compute_dtype``, without router weights, zeros behind the counts.
+    """
+    experts, most, _ = rows.shape
+    place = torch.arange(most, device=rows.device).unsqueeze(-1)
+
+    def rows_of(expert: int) -> torch.Tensor:
+        scale = None if row_scale is None else row_scale[expert]
+        numbers = dequantize_rows(rows[expert], scale, compute_dtype)
+        return torch.where(place < masked_m[expert], numbers, numbers.new_zeros(()))
+
+    def quantized(
+        part: torch.Tensor, static_scale: torch.Tensor | None, amaxes: list[torch.Tensor]
+    ) -> torch.Tensor:
+        if scheme is ActivationScheme.NONE:
+            return part
+        # A dynamic per-tensor scale is that of all experts' rows together.
+        sample = torch.stack(amaxes) if scheme is ActivationScheme.DYNAMIC_PER_TENSOR else part
+        return fake_quantize_fp8(part, activation_scale(sample, scheme, static_scale))
+
+    shared = scheme is ActivationScheme.DYNAMIC_PER_TENSOR and most > 0
+    amaxes = [rows_of(e).abs().amax() for e in range(experts)] if shared else []
+    inners = []
+    for expert in range(experts):
+        part = rows_of(expert)
+        if row_scale is None:
+            part = quantized(part, weights.w13_input_scale, amaxes)
+        inners.append(_gate_up(part, weights, expert))
+    amaxes = [inner.abs().amax() for inner in inners] if shared else []
+    out = rows.new_zeros(rows.shape, dtype=compute_dtype)
+    for expert, inner in enumerate(inners):
+        out[expert] = _down(quantized(inner, weights.w2_input_scale, amaxes), weights, expert)
+    return out

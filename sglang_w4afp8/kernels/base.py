@@ -37,6 +37,7 @@ class MoEBackend(Protocol):
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         routed_scaling_factor: float,
+        x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layer.
 
@@ -47,8 +48,39 @@ class MoEBackend(Protocol):
             topk_weights: ``(T, top_k)`` float32.
             topk_ids: ``(T, top_k)`` int32 or int64 local expert ids, −1 for experts elsewhere.
             routed_scaling_factor: multiplies the result.
+            x_scale: ``(T, K/128)`` float32 for ``x`` in float8_e4m3fn, which is then used as it is;
+                only where ``problem.dispatched``.
 
         Returns:
-            ``(T, K)`` in ``x``'s dtype: this rank's partial sum.
+            ``(T, K)`` in ``x``'s dtype, ``problem.dtype`` for E4M3: this rank's partial sum.
+        """
+        ...
+
+    def run_masked(
+        self,
+        problem: MoEProblem,
+        weights: MoEWeights,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        masked_m: torch.Tensor,
+        expected_m: int,
+    ) -> torch.Tensor:
+        """Run each expert on the rows that a dispatcher has put into its slots.
+
+        Called only where ``problem.dispatched``. Nothing waits for ``masked_m``, so that a CUDA
+        graph can hold the call.
+
+        Args:
+            problem: as given to ``prepare``.
+            weights: what ``prepare`` returned.
+            rows: ``(E, M, K)`` contiguous, ``problem.dtype`` or float8_e4m3fn; anything, NaN as
+                well, behind an expert's count.
+            row_scale: ``(E, M, K/128)`` float32 of any strides for rows in float8_e4m3fn, which are
+                then used as they are; else None.
+            masked_m: ``(E,)`` int32, rows of each expert.
+            expected_m: about how many rows an expert gets; affects speed alone.
+
+        Returns:
+            ``(E, M, K)`` in ``problem.dtype``, without router weights; undefined behind the counts.
         """
         ...

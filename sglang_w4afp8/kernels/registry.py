@@ -91,5 +91,6 @@ def _describe(problem: MoEProblem) -> str:
         f"{problem.num_experts} experts, hidden {problem.hidden_size}, "
         f"{problem.intermediate_size} columns of {problem.columns.full_size}, "
         f"groups {problem.group_size}/{problem.w2_group_size}, {problem.scheme} activations, "
-        f"{problem.dtype}, {problem.device.name}"
+        f"{problem.dtype}, {'rows of a dispatcher, ' if problem.dispatched else ''}"
+        f"{problem.device.name}"
     )

@@ -53,6 +53,8 @@ class CutlassBackend:
             return f"bfloat16 hidden states only, found {problem.dtype}"
         if problem.hidden_size % KERNEL_GROUP:
             return f"hidden size {problem.hidden_size} is no multiple of {KERNEL_GROUP}"
+        if problem.dispatched:
+            return "rows of a token dispatcher (DeepEP) are not wired to it"
         if problem.activation != "silu" or problem.apply_router_weight_on_input:
             return "silu and output-side router weights only"
         return None

@@ -24,6 +24,7 @@ from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
 from sglang_w4afp8.sharding import ExpertShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.srt import host
+from sglang_w4afp8.srt.deepep import DISPATCHERS, DispatchedRows, row_dtype
 from sglang_w4afp8.srt.importer import ExpertImporter
 from sglang_w4afp8.srt.loader import PART, ExpertLoader
 
@@ -41,7 +42,7 @@ _PARAMETERS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_sca
 def choose_moe_method(
     config: ShardedW4AFp8Config, layer: torch.nn.Module, prefix: str
 ) -> W4AFp8MoEMethod:
-    """Our method, or upstream's for a token dispatcher that only it implements (DeepEP and kin).
+    """Our method, or upstream's for a token dispatcher that ours has no entry point for.
 
     Raises:
         BackendError: such a dispatcher is on, and upstream's method would be wrong for this model.
@@ -49,8 +50,8 @@ def choose_moe_method(
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
     a2a = get_moe_a2a_backend()
-    if a2a.is_none():
-        return ShardedW4AFp8MoEMethod(config, prefix)
+    if a2a.is_none() or a2a.value in DISPATCHERS:
+        return ShardedW4AFp8MoEMethod(config, prefix, dispatched=not a2a.is_none())
     columns = layer.intermediate_size_per_partition
     fits = (
         config.group_size == 128
@@ -63,7 +64,11 @@ def choose_moe_method(
             f"{config.spec.moe_activation} activations and {columns} columns a rank ({prefix})",
             "that dispatcher runs SGLang's own kernels, which know group_size 128, static "
             "activation scales and multiples of 128 columns only",
-            ["--moe-a2a-backend none", "--ep-size equal to --tp, which keeps experts whole"],
+            [
+                "--moe-a2a-backend none",
+                f"--moe-a2a-backend {DISPATCHERS[0]}, which runs this package's kernels",
+                "--ep-size equal to --tp, which keeps experts whole",
+            ],
         )
     if config.moe_layers == 1 and host.is_rank_zero():
         logger.warning(
@@ -73,17 +78,21 @@ def choose_moe_method(
     return W4AFp8MoEMethod(config)
 
 
-class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
+class ShardedW4AFp8MoEMethod(DispatchedRows, W4AFp8MoEMethod):
     """W4AFP8 experts of one layer on one rank.
 
     Args:
         quant_config: the model's config.
         prefix: the layer's name; messages start with it.
+        dispatched: rows come through :class:`~sglang_w4afp8.srt.deepep.DispatchedRows`.
     """
 
-    def __init__(self, quant_config: ShardedW4AFp8Config, prefix: str) -> None:
+    def __init__(
+        self, quant_config: ShardedW4AFp8Config, prefix: str, dispatched: bool = False
+    ) -> None:
         super().__init__(quant_config)
         self.prefix = prefix
+        self.dispatched = dispatched
         self.backend: MoEBackend | None = None
         self.input_scales: list[torch.Tensor] | None = None
 
@@ -207,6 +216,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             dtype=moe_runner_config.params_dtype or torch.bfloat16,
             activation=moe_runner_config.activation,
             apply_router_weight_on_input=moe_runner_config.apply_router_weight_on_input,
+            dispatched=self.dispatched,
         )
         self.backend = select(self.problem)
         if host.model_scales_routed_output():
@@ -243,6 +253,8 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
                 # The loader must not keep the memory that the reordered tensor replaces.
                 self.experts_loader.parameters[name] = getattr(layer, name)
         self.weights = self._weights(layer, prepared.state)
+        if self.dispatched:
+            self.ask_for_rows(layer)
         self._log_model()
 
     def apply(
@@ -260,6 +272,8 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
         """
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
+        if self.dispatched and (combine_input := self.apply_dispatched(layer, dispatch_output)):
+            return combine_input
         topk_weights, topk_ids, _ = dispatch_output.topk_output
         output = self.backend.run(
             self.problem,
@@ -335,6 +349,8 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             found.append("no_combine=True")
         if not getattr(config, "is_gated", True):
             found.append("is_gated=False")
+        if self.dispatched and config.apply_router_weight_on_input:
+            found.append("apply_router_weight_on_input=True with a token dispatcher")
         if found:
             raise BackendError(
                 f"{self.prefix}: {', '.join(found)}",
@@ -354,7 +370,7 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
         tp_size = shard.columns.full_size // shard.columns.size
         logger.info(
             "sglang-w4afp8: %d MoE layers, tp=%d, %d experts a rank, local K %d/%d, group %s, "
-            "%s activations, backend=%s",
+            "%s activations, backend=%s%s",
             config.moe_layers,
             tp_size,
             self.problem.num_experts,
@@ -363,4 +379,5 @@ class ShardedW4AFp8MoEMethod(W4AFp8MoEMethod):
             group,
             self.scheme,
             self.backend.name,
+            f", {row_dtype(self.problem)} rows of a dispatcher" if self.dispatched else "",
         )

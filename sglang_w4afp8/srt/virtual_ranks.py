@@ -59,7 +59,7 @@ def load_experts(
     dtype: torch.dtype = torch.float32,
     **layer_options: Any,
 ) -> Any:
-    """A ``FusedMoE`` built and loaded as the current virtual rank.
+    """A ``FusedMoE``, or what the models build in its place, loaded as the current virtual rank.
 
     Args:
         config: a quantization config object.
@@ -75,9 +75,9 @@ def load_experts(
     Returns:
         The layer, after ``process_weights_after_loading``.
     """
-    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 
-    layer = FusedMoE(
+    layer = get_moe_impl_class(config)(
         num_experts=num_experts,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,

@@ -47,6 +47,8 @@ class HopperBackend:
             return f"{problem.dtype} hidden states (bfloat16 is built)"
         if problem.activation != "silu":
             return f"activation {problem.activation!r} is not implemented (silu is)"
+        if problem.dispatched:
+            return "rows of a token dispatcher (DeepEP) are not implemented"
         if problem.apply_router_weight_on_input:
             return "router weights on the input are not implemented"
         if problem.scheme not in _SCHEMES:
