@@ -138,6 +138,7 @@ __device__ __forceinline__ void add_tile(float* sums, const Tables& tables,
     float2 old[kColumns];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) old[c] = *at[c];
+    __syncwarp();  // columns without a pair have read token 0's sums, which another lane may own
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (pair[c] != kNone) add(c, old[c]);

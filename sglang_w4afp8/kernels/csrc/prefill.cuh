@@ -10,24 +10,28 @@
 #pragma once
 #include "mma_wide.cuh"
 
-constexpr int kLayoutK = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kPerWg = W4_PER_WG;
+constexpr int kSpan = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kPerWg = W4_PER_WG;
 constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
 constexpr int kTokens = 128;
-constexpr int kK = kLayoutK == 256 ? 128 : kLayoutK;  // columns of a stage
-constexpr int kGroups = kK / kGroup;
+// A stage of the ring is a stage of the layout: its weights come in one or two large copies, as many
+// small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns.
+constexpr int kHalves = kSpan == 256 ? 2 : 1;
+constexpr int kK = kSpan / kHalves;
+constexpr int kGroups = kK / kGroup;                  // scale groups of a half
 constexpr int kSteps = kGroup / 32;                   // wgmmas per scale group
 constexpr int kRowTiles = 2 * kPerWg;
-constexpr int kTileBytes = kK * 32;                   // INT4 of 64 rows
-constexpr int kTileScaleBytes = kGroups * 128;
+constexpr int kTileBytes = kSpan * 32;                // INT4 of 64 rows
+constexpr int kTileScaleBytes = kSpan / kGroup * 128;
 constexpr int kWeightBytes = kRowTiles * kTileBytes;
 constexpr int kScaleBytes = kRowTiles * kTileScaleBytes;
-constexpr int kTokenBytes = kTokens * kK;
-constexpr int kStageBytes = kWeightBytes + kScaleBytes + kTokenBytes;
+constexpr int kTokenBytes = kTokens * kK;             // of a half
+constexpr int kStageBytes = kWeightBytes + kScaleBytes + kHalves * kTokenBytes;
 constexpr int kToken8Stride = kK * 8;
 constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + 128;
-constexpr int kQueue = 8;  // items that are claimed ahead
-constexpr int kLate = 2;   // stages of tokens in flight before the first is handed over
+constexpr int kQueue = 4;  // items that are claimed ahead
+constexpr int kLate = 2;   // halves of tokens in flight before the first is handed over
+constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
 
 // The list of one batch of pairs, sorted by expert (prefill_route.cu).
@@ -46,12 +50,25 @@ struct Queue {
   Item item[kQueue];
 };
 
-// Shared-memory addresses. Barriers: full and empty of each stage, then of each queue entry.
+// Shared-memory addresses: stages, their barriers, the barriers of the queue's entries.
 struct Ring {
   u32 stages, bars, queue_bars;
   int size;
-  __device__ __forceinline__ u32 full(int slot) const { return bars + slot * 16; }
+  __device__ __forceinline__ u32 weights_full(int slot) const { return bars + slot * kBars; }
+  __device__ __forceinline__ u32 tokens_full(int slot, int half) const {
+    return bars + slot * kBars + 8 + half * 8;
+  }
+  __device__ __forceinline__ u32 empty(int slot) const { return bars + slot * kBars + 24; }
   __device__ __forceinline__ u32 stage(int slot) const { return stages + slot * kStageBytes; }
+};
+
+// A role's way around the ring.
+struct Place {
+  int slot = 0;
+  u32 phase = 0;
+  __device__ __forceinline__ void advance(int size) {
+    if (++slot == size) slot = 0, phase ^= 1;
+  }
 };
 
 struct Weights {
@@ -61,26 +78,21 @@ struct Weights {
 };
 
 // ---- claiming ------------------------------------------------------------------------------------
-// One lane. `describe(number)` gives item `number`, kEnd past the last one. kBatch items are claimed
-// at once: a claim and a look at the lists take longer than a short item.
-template <int kBatch, class Describe>
+// One lane. `describe(number)` gives item `number`, kEnd past the last one. The claim of the item
+// after next is on its way while an item is described.
+template <class Describe>
 __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* counter,
                                       Describe describe) {
-  u32 next = atomicAdd(counter, kBatch);
-  for (int i = 0;;) {
+  u32 next = atomicAdd(counter, 1u);
+  for (int i = 0;; ++i) {
     const u32 number = next;
-    next = atomicAdd(counter, kBatch);
-    Item item[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) item[j] = describe(number + j);
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j, ++i) {
-      const u32 bar = ring.queue_bars + (i % kQueue) * 16;
-      barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
-      queue.item[i % kQueue] = item[j];
-      barrier_arrive(bar);
-      if (item[j].kind == kEnd) return;
-    }
+    next = atomicAdd(counter, 1u);
+    const Item item = describe(number);
+    const u32 bar = ring.queue_bars + i % kQueue * 16;
+    barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
+    queue.item[i % kQueue] = item;
+    barrier_arrive(bar);
+    if (item.kind == kEnd) return;
   }
 }
 
@@ -88,6 +100,9 @@ __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* count
 constexpr int kReaders = kConsumers / 32 + 3;
 struct Reader {
   int number = 0;
+  __device__ __forceinline__ bool ready(const Ring& ring) const {
+    return barrier_try(ring.queue_bars + number % kQueue * 16, (number / kQueue) & 1);
+  }
   __device__ __forceinline__ const Item& wait(const Queue& queue, const Ring& ring) {
     const int slot = number % kQueue;
     barrier_wait(ring.queue_bars + slot * 16, (number / kQueue) & 1);
@@ -108,44 +123,41 @@ struct Reader {
 };
 
 // ---- producers -----------------------------------------------------------------------------------
-// One warp: a lane for each row tile's weights and one for each row tile's scales.
+// One warp: weights and scales, by one lane each for every block of the layout.
 __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& queue,
                                                 const Ring& ring) {
-  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kK;
-  const bool is_scale = lane >= kRowTiles;
-  const int row = is_scale ? lane - kRowTiles : lane;
-  constexpr int kPerLayout = kLayoutK / kK;  // stages in a stage of the layout
+  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kSpan;
+  constexpr int kBlockTiles = 2 * kLayoutTiles;  // of the layout
+  constexpr int kTogether = kBlockTiles < kRowTiles ? kBlockTiles : kRowTiles;
+  constexpr int kCopies = kRowTiles / kTogether;
+  const bool is_scale = lane >= kCopies;
+  const int first = (is_scale ? lane - kCopies : lane) * kTogether;
+  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
+  const u32 tile_bytes = is_scale ? kTileScaleBytes : kTileBytes;
+  const u32 to = is_scale ? kWeightBytes + first * kTileScaleBytes : first * kTileBytes;
   Reader reader;
-  int slot = 0;
-  u32 phase = 0;
+  Place place;
   for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
     if (item.kind != kMatrix) continue;
     const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
-    const int tile = item.block * kRowTiles + row;
-    const int outer = tile / (2 * kLayoutTiles), inner = tile % (2 * kLayoutTiles);
-    const int beside = min(2 * kLayoutTiles, tiles - outer * 2 * kLayoutTiles);
-    const bool copies = lane < 2 * kRowTiles && row < row_tiles;
-    const u64 per_row = is_scale ? p.k / kGroup * 2 : p.k / 2;
-    const u32 layout_bytes = is_scale ? kLayoutK / kGroup * 128 : kLayoutK * 32;
-    const u32 bytes = is_scale ? kTileScaleBytes : kTileBytes;
-    const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * per_row) +
-                     (static_cast<u64>(outer) * 2 * kLayoutTiles * 64) * per_row +
-                     inner * layout_bytes;
-    const u32 to = is_scale ? kWeightBytes + row * kTileScaleBytes : row * kTileBytes;
+    const int tile = item.block * kRowTiles + first;
+    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
+    const int count = lane < 2 * kCopies ? min(kTogether, row_tiles - first) : 0;
+    const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
+                     static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
+                     tile % kBlockTiles * tile_bytes;
     for (int step = 0; step < stages; ++step) {
-      const u32 full = ring.full(slot);
-      barrier_wait(full + 8, phase ^ 1);
+      const u32 full = ring.weights_full(place.slot);
+      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
       __syncwarp();
-      if (copies) {
-        bulk_copy(ring.stage(slot) + to,
-                  from + static_cast<u64>(step / kPerLayout) * beside * layout_bytes +
-                      step % kPerLayout * bytes,
-                  bytes, full);
+      if (count > 0) {
+        bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
       }
-      if (++slot == ring.size) slot = 0, phase ^= 1;
+      from += beside * tile_bytes;
+      place.advance(ring.size);
     }
   }
 }
@@ -156,20 +168,27 @@ template <class Row>
 __device__ __forceinline__ void produce_tokens(int k, const int* columns, int list_stride,
                                                const Queue& queue, const Ring& ring, int half,
                                                Row row) {
-  const int lane = threadIdx.x & 31, stages = k / kK;
+  const int lane = threadIdx.x & 31, stages = k / kSpan;
   constexpr int kMine = kTokens / 16;
   Reader reader;
-  int slot = 0, handed = 0, filled = 0;
-  u32 phase = 0;
+  Place place, handed;
+  int handed_half = 0, pending = 0;
   auto hand_over = [&]() {
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) barrier_arrive(ring.full(handed));
-    if (++handed == ring.size) handed = 0;
+    if (lane == 0) barrier_arrive(ring.tokens_full(handed.slot, handed_half));
+    if (++handed_half == kHalves) handed_half = 0, handed.advance(ring.size);
+  };
+  auto hand_over_all = [&]() {
+    async_copy_wait<0>();
+    for (; pending > 0; --pending) hand_over();
   };
   for (;;) {
+    // Nobody may wait for tokens that wait for the next item: it may be long in coming.
+    if (!__all_sync(0xffffffffu, reader.ready(ring))) hand_over_all();
     const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) break;
+    if (item.kind != kMatrix) hand_over_all();
+    if (item.kind == kEnd) return;
     if (item.kind != kMatrix) continue;
     const u8* from[kMine];
     const int* list = columns + static_cast<u64>(item.list) * list_stride + item.first;
@@ -179,33 +198,38 @@ __device__ __forceinline__ void produce_tokens(int k, const int* columns, int li
       from[j] = c < item.count ? row(list[c]) + (lane >> 3) * 16 : nullptr;
     }
     for (int step = 0; step < stages; ++step) {
-      const u32 full = ring.full(slot);
-      barrier_wait(full + 8, phase ^ 1);
+      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       // 8 tokens x 4 pieces of 16 bytes per instruction: conflict-free writes.
-      const u32 to = ring.stage(slot) + kWeightBytes + kScaleBytes + half * kToken8Stride +
-                     (lane >> 3) * 128 + (lane & 7) * 16;
+      u32 to = ring.stage(place.slot) + kWeightBytes + kScaleBytes + half * kToken8Stride +
+               (lane >> 3) * 128 + (lane & 7) * 16;
 #pragma unroll
-      for (int j = 0; j < kMine; ++j) {
-        if (from[j] != nullptr) {
+      for (int h = 0; h < kHalves; ++h, to += kTokenBytes) {
 #pragma unroll
-          for (int i = 0; i < kK / 64; ++i) {
-            async_copy16(to + 2 * j * kToken8Stride + i * 512, from[j] + step * kK + i * 64);
+        for (int j = 0; j < kMine; ++j) {
+          if (from[j] != nullptr) {
+#pragma unroll
+            for (int i = 0; i < kK / 64; ++i) {
+              async_copy16(to + 2 * j * kToken8Stride + i * 512,
+                           from[j] + step * kSpan + h * kK + i * 64);
+            }
           }
         }
+        async_copy_commit();
+        if (pending == kLate) {
+          async_copy_wait<kLate>();
+          hand_over();
+        } else {
+          ++pending;
+        }
       }
-      async_copy_commit();
-      if (filled == kLate) {
-        async_copy_wait<kLate>();
-        hand_over();
-      } else {
-        ++filled;
-      }
-      if (++slot == ring.size) slot = 0, phase ^= 1;
+      place.advance(ring.size);
     }
   }
-  async_copy_wait<0>();
-  while (filled-- > 0) hand_over();
 }
+
+// The same value in all lanes, known to the compiler as such: what branches on it keeps addresses and
+// descriptors in uniform registers.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // ---- the loop over K -----------------------------------------------------------------------------
 // This thread's codes of one scale group as wgmma wants them, and its two row scales.
@@ -214,6 +238,7 @@ struct Fragment {
   u32 scales;
 };
 
+// `group`: of the stage.
 __device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int tile, int group) {
   f.scales = lds32(s + tile * kTileScaleBytes + group * 128);
   w += tile * kTileBytes;
@@ -233,19 +258,14 @@ __device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int til
   }
 }
 
-// Where a consumer warpgroup is in the ring.
-struct Place {
-  int slot = 0;
-  u32 phase = 0;
-};
-
 // acc[t] = row tile t of this warpgroup times kN tokens, over all of K. While the matrix unit works
 // on one scale group the next one's codes are loaded and decoded.
 template <int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
-                                         const Ring& ring, Place& place) {
+                                         const Ring& ring, Place& from) {
+  Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
   const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-  constexpr int kItems = kPerWg * kGroups;
+  constexpr int kParts = kPerWg * kGroups;  // of a half
   const u32 w_at = wg * kPerWg * kTileBytes + thread * 16;
   const u32 s_at = kWeightBytes + wg * kPerWg * kTileScaleBytes +
                    ((thread >> 5) * 8 + (lane >> 2)) * 4;
@@ -256,41 +276,50 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   }
   Fragment f[2];
   u32 stage = ring.stage(place.slot);
-  barrier_wait(ring.full(place.slot), place.phase);
+  barrier_wait(ring.weights_full(place.slot), place.phase);
   load_fragment(f[0], stage + w_at, stage + s_at, 0, 0);
+  const int halves = stages * kHalves;
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) {
-    const u32 full = ring.full(place.slot);
-    const u64 b = token_descriptor(stage + kWeightBytes + kScaleBytes, kToken8Stride);
-    if (++place.slot == ring.size) place.slot = 0, place.phase ^= 1;
-    const u32 next = ring.stage(place.slot);
+  for (int i = 0; i < halves; ++i) {
+    const int half = i % kHalves;
+    const bool last_half = half == kHalves - 1;
+    const u32 empty = ring.empty(place.slot);
+    const u32 codes = stage + half * (kK * 32), scales = stage + half * (kGroups * 128);
+    // 32 columns of K are two core matrices, 256 bytes, 16 units of a descriptor's address.
+    const u64 b = token_descriptor(stage + kWeightBytes + kScaleBytes + half * kTokenBytes,
+                                   kToken8Stride);
+    barrier_wait(ring.tokens_full(place.slot, half), place.phase);
 #pragma unroll
-    for (int item = 0; item < kItems; ++item) {
-      const int tile = item % kPerWg, group = item / kPerWg;
-      Fragment& now = f[item & 1];
-      Fragment& then = f[(item + 1) & 1];
+    for (int at = 0; at < kParts; ++at) {
+      const int tile = at % kPerWg, group = at / kPerWg;
+      Fragment& now = f[at & 1];
+      Fragment& then = f[(at + 1) & 1];
       float part[kN / 2];
       pin(part);
       mma_fence();
-      // 32 columns of K are two core matrices, 256 bytes, 16 units of a descriptor's address.
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         Mma<kN>::issue(part, now.a[4 * j], now.a[4 * j + 1], now.a[4 * j + 2], now.a[4 * j + 3],
                        b + (group * kSteps + j) * 16, j);
       }
       mma_commit();
-      if (item + 1 < kItems) {
-        load_fragment(then, stage + w_at, stage + s_at, (item + 1) % kPerWg,
-                      (item + 1) / kPerWg);
-      } else if (i + 1 < stages) {
-        barrier_wait(ring.full(place.slot), place.phase);
-        load_fragment(then, next + w_at, next + s_at, 0, 0);
+      if (at + 1 < kParts) {
+        load_fragment(then, codes + w_at, scales + s_at, (at + 1) % kPerWg, (at + 1) / kPerWg);
+      } else if (!last_half) {
+        load_fragment(then, codes + kK * 32 + w_at, scales + kGroups * 128 + s_at, 0, 0);
+      } else {
+        place.advance(ring.size);
+        stage = ring.stage(place.slot);
+        if (i + 1 < halves) {
+          barrier_wait(ring.weights_full(place.slot), place.phase);
+          load_fragment(then, stage + w_at, stage + s_at, 0, 0);
+        }
       }
       mma_wait<0>();
       pin(part);
-      if (item + 1 == kItems) {
+      if (at + 1 == kParts && last_half) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(full + 8);
+        if (lane == 0) barrier_arrive(empty);
       }
       const float s0 = bf16_low(now.scales), s1 = bf16_high(now.scales);
 #pragma unroll
@@ -299,15 +328,15 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
         acc[tile][c + 2] += part[c + 2] * s1, acc[tile][c + 3] += part[c + 3] * s1;
       }
     }
-    if constexpr (kItems % 2) f[0] = f[1];
-    stage = next;
+    if constexpr (kParts % 2) f[0] = f[1];
   }
+  from = place;
 }
 
 // Calls body.run<kN>() with the fewest columns that hold `count` tokens.
 template <class Body>
 __device__ __forceinline__ void with_columns(int count, Body& body) {
-  switch ((count + 15) / 16) {
+  switch ((uniform(count) + 15) / 16) {
     case 1: return body.template run<16>();
     case 2: return body.template run<32>();
     case 3: return body.template run<48>();
@@ -328,12 +357,13 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size) {
   Ring ring;
   ring.stages = smem_address(shared);
   ring.bars = ring.stages + size * kStageBytes;
-  ring.queue_bars = ring.bars + size * 16;
+  ring.queue_bars = ring.bars + size * kBars;
   ring.size = size;
   if (threadIdx.x == 0) {
     for (int i = 0; i < size; ++i) {
-      barrier_init(ring.full(i), 3);  // weights and scales; two token warps
-      barrier_init(ring.full(i) + 8, kConsumers / 32);
+      barrier_init(ring.weights_full(i), 1);
+      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 2);
+      barrier_init(ring.empty(i), kConsumers / 32);
     }
     for (int i = 0; i < kQueue; ++i) {
       barrier_init(ring.queue_bars + i * 16, 1);

@@ -31,23 +31,22 @@ struct PrefillDownParams {
   int tokens, top_k, lists, list_tokens, max_tiles, slices, slice_blocks, ring;
 };
 
-// Spins until `count` warpgroups have counted themselves in. A whole warp.
+// Spins until `count` has reached `target`. A whole warp.
 __device__ __forceinline__ void wait_count(const u32* count, u32 target) {
-  if ((threadIdx.x & 31) == 0) {
-    u32 seen;
-    do {
-      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-    } while (seen < target);
-  }
-  __syncwarp();
+  u32 seen;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+  } while (static_cast<u32>(uniform(seen)) < target);
 }
 
+// Counts this warpgroup in, with what it has stored or read before.
 __device__ __forceinline__ void count_in(u32* count, int wg) {
   named_sync(1 + wg, 128);
   if ((threadIdx.x & 127) == 0) {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
   }
+  __syncwarp();
 }
 
 __device__ __forceinline__ int blocks_of(const PrefillDownParams& p, int slice) {
@@ -95,13 +94,33 @@ struct Order {
   }
 };
 
+// What a consumer warp remembers between items; in shared memory, as registers are short.
+struct Memory {
+  int free_before;  // steps below this are known to have left their buffers
+  int stored;       // step of a matrix item that has not been counted in yet, or -1
+};
+
+__shared__ Memory memories[kConsumers / 32];
+__shared__ Queue queue;
+
 struct DownBody {
   const PrefillDownParams& p;
   const Ring& ring;
-  float b_scale;
+  Reader reader;
   Place place;
-  const Item* item;  // in shared memory: read again after the loop over K
-  int free_before;  // slices below this are known to have left their buffers
+
+  // Both are read again after the loop over K.
+  __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
+  __device__ __forceinline__ static Memory& memory() { return memories[threadIdx.x >> 5]; }
+
+  // An item is counted in once the next one has been multiplied: by then its stores have arrived and
+  // the fence does not wait for them. Never later than before this warpgroup itself waits.
+  __device__ __forceinline__ void count_stored() {
+    const int stored = uniform(memory().stored);
+    if (stored >= 0) count_in(p.done + stored * 2, threadIdx.x >> 7);
+    __syncwarp();
+    memory().stored = -1;
+  }
 
   // y of block `block` of a slice.
   __device__ __forceinline__ u8* buffer(int step, int block) const {
@@ -112,16 +131,18 @@ struct DownBody {
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[2][kN / 2];
-    multiply<kN>(acc, p.weights.k / kK, ring, place);
+    multiply<kN>(acc, p.weights.k / kSpan, ring, place);
+    count_stored();
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    if (item->slice >= kBuffers && free_before <= item->slice - kBuffers) {
-      const int old = item->slice - kBuffers;
+    const int old = uniform(item().slice) - kBuffers;
+    if (old >= 0 && uniform(memory().free_before) <= old) {
       wait_count(p.done + old * 2 + 1, 2 * sum_items(p, old % p.lists));
-      free_before = old + 1;
+      memory().free_before = old + 1;
     }
-    u8* at = buffer(item->slice, item->block - item->tile * p.slice_blocks) +
-             static_cast<u64>(item->first + (lane & 3) * 2) * 512 + (wg * 4 + (thread >> 5)) * 64 + (lane >> 2) * 8;
-    const int left = item->count - (lane & 3) * 2;
+    const float b_scale = W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f;
+    u8* at = buffer(item().slice, item().block - item().tile * p.slice_blocks) +
+             static_cast<u64>(item().first + (lane & 3) * 2) * 512 + (wg * 4 + (thread >> 5)) * 64 + (lane >> 2) * 8;
+    const int left = item().count - (lane & 3) * 2;
 #pragma unroll
     for (int i = 0; i < kN / 2; i += 4) {
 #pragma unroll
@@ -130,67 +151,78 @@ struct DownBody {
         float scale = b_scale;
         if constexpr (W4_DYNAMIC != 0) {
           const int c = i * 2 + (lane & 3) * 2 + e;
-          const int* list = p.columns + static_cast<u64>(item->list) * p.list_tokens * p.top_k;
-          scale = p.b_scale[list[item->first + c]] * 512.0f;
+          const int* list = p.columns + static_cast<u64>(item().list) * p.list_tokens * p.top_k;
+          scale = p.b_scale[list[item().first + c]] * 512.0f;
         }
         *reinterpret_cast<uint2*>(at + (i * 2 + e) * 512) =
             make_uint2(pack_bf16(acc[0][i + e] * scale, acc[0][i + e + 2] * scale),
                        pack_bf16(acc[1][i + e] * scale, acc[1][i + e + 2] * scale));
       }
     }
-    count_in(p.done + item->slice * 2, wg);
+    __syncwarp();
+    memory().stored = item().slice;
   }
 
-  // Adds up kSumTokens tokens' experts, two tokens a warp.
+  // Adds up the experts of kSumTokens tokens, two to a warp: lane 16 i + k knows where token i's k-th
+  // expert put its part. Both tokens' parts of a block travel together.
   __device__ __forceinline__ void sum() {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int slice = item->tile, blocks = blocks_of(p, slice);
-    wait_count(p.done + item->slice * 2, 2 * p.header[item->list] * blocks);
-    for (int i = warp; i < kSumTokens; i += kConsumers / 32) {
-      const int local = item->first * kSumTokens + i;
-      if (local >= list_tokens(p, item->list)) break;
-      const int token = item->list * p.list_tokens + local;
-      for (int block = 0; block < blocks; ++block) {
-        const u8* from = buffer(item->slice, block) + lane * 16;
-        float sum[8];
+    const int lane = threadIdx.x & 31, slice = item().tile, blocks = blocks_of(p, slice);
+    count_stored();
+    const int local = item().first * kSumTokens + (threadIdx.x >> 5) * 2;
+    const int here = min(2, list_tokens(p, item().list) - local);
+    const int token = item().list * p.list_tokens + local;
+    wait_count(p.done + item().slice * 2, 2 * p.header[item().list] * blocks);
+    for (int block = 0; block < blocks; ++block) {
+      const u8* from = buffer(item().slice, block) + lane * 16;
+      float total[2][8] = {};
+      for (int first = 0; first < p.top_k; first += kAtOnce) {
+        const int k = first + (lane & 15);
+        const bool known = (lane & 15) < kAtOnce && k < p.top_k && (lane >> 4) < here;
+        const int pair = (token + (lane >> 4)) * p.top_k + k;
+        const int at = known ? p.place[pair] : -1;
+        const float weight = at >= 0 ? p.topk_weights[pair] : 0.0f;
+        uint4 v[2][kAtOnce];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) sum[j] = 0.0f;
-        for (int first = 0; first < p.top_k; first += kAtOnce) {
-          uint4 v[kAtOnce];
-          float weight[kAtOnce];
+        for (int i = 0; i < 2; ++i) {
 #pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            const int pair = token * p.top_k + first + k;
-            const int at = first + k < p.top_k ? p.place[pair] : -1;
-            weight[k] = at >= 0 ? p.topk_weights[pair] : 0.0f;
-            v[k] = make_uint4(0, 0, 0, 0);
-            if (at >= 0) {
-              v[k] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(at) * 512));
-            }
-          }
-#pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            const u32 w[4] = {v[k].x, v[k].y, v[k].z, v[k].w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              sum[2 * j] += weight[k] * bf16_low(w[j]);
-              sum[2 * j + 1] += weight[k] * bf16_high(w[j]);
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int row = __shfl_sync(0xffffffffu, at, i * 16 + j);
+            v[i][j] = make_uint4(0, 0, 0, 0);
+            if (row >= 0) {
+              v[i][j] =
+                  __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 512));
             }
           }
         }
-        u32 r[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          r[j] = pack_bf16(p.factor * sum[2 * j], p.factor * sum[2 * j + 1]);
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = 0; j < kAtOnce; ++j) {
+            const float by = __shfl_sync(0xffffffffu, weight, i * 16 + j);
+            const u32 w[4] = {v[i][j].x, v[i][j].y, v[i][j].z, v[i][j].w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              total[i][2 * e] += by * bf16_low(w[e]);
+              total[i][2 * e + 1] += by * bf16_high(w[e]);
+            }
+          }
         }
-        store(token, (slice * p.slice_blocks + block) * 256, r);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (i < here) store(token + i, (slice * p.slice_blocks + block) * 256, total[i]);
       }
     }
-    count_in(p.done + item->slice * 2 + 1, threadIdx.x >> 7);
+    count_in(p.done + item().slice * 2 + 1, threadIdx.x >> 7);
   }
 
   // The four pairs of outputs of a lane, at their rows (hopper/layout.py, _row_order).
-  __device__ __forceinline__ void store(int token, int row, const u32 (&r)[4]) {
+  __device__ __forceinline__ void store(int token, int row, const float (&total)[8]) {
+    u32 r[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      r[j] = pack_bf16(p.factor * total[2 * j], p.factor * total[2 * j + 1]);
+    }
     const int lane = threadIdx.x & 31;
     const int wg = lane >> 4, warp = (lane >> 2) & 3, g = (lane & 3) * 2;
     u16* out = p.out + static_cast<u64>(token) * p.weights.rows;
@@ -216,7 +248,6 @@ struct DownBody {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_prefill_down(const __grid_constant__ PrefillDownParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  __shared__ Queue queue;
   const Ring ring = make_ring(shared, p.ring);
   pdl_wait();
   pdl_trigger();
@@ -228,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     } else if (warp == 1) {
       if ((threadIdx.x & 31) != 0) return;
       Order order{p};
-      claim<2>(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
+      claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
     } else {
       produce_tokens(p.weights.k, p.columns, p.list_tokens * p.top_k, queue, ring, warp - 2,
                      [&](int pair) { return p.b + static_cast<u64>(pair) * p.weights.k; });
@@ -236,16 +267,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers();
-  DownBody body{p, ring, W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f, Place{}, nullptr, 0};
-  Reader reader;
+  memories[threadIdx.x >> 5] = Memory{0, -1};
+  __syncwarp();
+  DownBody body{p, ring, Reader{}, Place{}};
   for (;;) {
-    body.item = &reader.wait(queue, ring);
-    if (body.item->kind == kEnd) return;
-    if (body.item->kind == kCombine) {
+    const Item& item = body.reader.wait(queue, ring);
+    const int kind = uniform(item.kind);
+    if (kind == kEnd) break;
+    if (kind == kCombine) {
       body.sum();
     } else {
-      with_columns(body.item->count, body);
+      with_columns(item.count, body);
     }
-    reader.release(ring);
+    body.reader.release(ring);
   }
+  body.count_stored();
 }

@@ -26,23 +26,28 @@ struct PrefillUpParams {
   int top_k, ring;
 };
 
+__shared__ Queue queue;
+
 struct UpBody {
   const PrefillUpParams& p;
   const Ring& ring;
   u8* gather;      // of this warpgroup
   u32* flag;
   float b_scale, q_scale, q_inverse;
+  Reader reader;
   Place place;
-  const Item* item;  // in shared memory: read again after the loop over K
+
+  // Read again after the loop over K.
+  __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
 
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kPerWg][kN / 2];
-    multiply<kN>(acc, p.weights.k / kK, ring, place);
+    multiply<kN>(acc, p.weights.k / kSpan, ring, place);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
-    const int* pairs = p.columns + item->first;
-    const int row_tile = (item->block * 2 + wg) * kPerWg;
+    const int* pairs = p.columns + item().first;
+    const int row_tile = (item().block * 2 + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
 #pragma unroll
@@ -51,7 +56,7 @@ struct UpBody {
       for (int e = 0; e < 2; ++e) {
         const int c = i * 2 + (lane & 3) * 2 + e;
         if constexpr (kDynamic) {
-          if (c >= item->count) continue;
+          if (c >= item().count) continue;
           const int pair = pairs[c];
           const float scale = p.b_scale[pair / p.top_k] * 512.0f;
 #pragma unroll
@@ -79,7 +84,7 @@ struct UpBody {
     named_sync(1 + wg, 128);
     constexpr int kPieces = kFeatures / 16;
     const int piece = thread % kPieces;
-    for (int c = thread / kPieces; c < item->count; c += 128 / kPieces) {
+    for (int c = thread / kPieces; c < item().count; c += 128 / kPieces) {
       if (piece * 16 < tiles * 32) {
         *reinterpret_cast<uint4*>(p.q + static_cast<u64>(pairs[c]) * width + row_tile * 32 +
                                   piece * 16) =
@@ -92,8 +97,8 @@ struct UpBody {
   __device__ __forceinline__ void finish_tile(const int* pairs, int width) {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
     const int arrivals = 2 * ((p.weights.rows / 64 + kRowTiles - 1) / kRowTiles);
-    if (!last_to_arrive(p.tile_count + item->tile, arrivals, wg, flag)) return;
-    for (int c = thread >> 5; c < item->count; c += 4) {
+    if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
+    for (int c = thread >> 5; c < item().count; c += 4) {
       const u64 pair = pairs[c];
       u8* q = p.q + pair * width;
       const float scale = quantize_row(p.inner + pair * width, width, [&](int i, u32 four) {
@@ -107,7 +112,6 @@ struct UpBody {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  __shared__ Queue queue;
   __shared__ u32 flags[2];
   __shared__ __align__(16) u8 gather[2][kGatherBytes];
   const Ring ring = make_ring(shared, p.ring);
@@ -122,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       if ((threadIdx.x & 31) != 0) return;
       const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
       const int items = p.header[0] * blocks;
-      claim<1>(queue, ring, p.claimed, [&](u32 number) {
+      claim(queue, ring, p.claimed, [&](u32 number) {
         Item item{};
         if (number >= static_cast<u32>(items)) return item;
         const int at = number / blocks;
@@ -142,12 +146,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const float q_scale = kDynamic ? 1.0f : *p.q_scale;
   UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), b_scale, q_scale,
-              __frcp_rn(q_scale), Place{}, nullptr};
-  Reader reader;
+              __frcp_rn(q_scale), Reader{}, Place{}};
   for (;;) {
-    body.item = &reader.wait(queue, ring);
-    if (body.item->kind == kEnd) return;
-    with_columns(body.item->count, body);
-    reader.release(ring);
+    const Item& item = body.reader.wait(queue, ring);
+    const int kind = uniform(item.kind);
+    if (kind == kEnd) return;
+    with_columns(item.count, body);
+    body.reader.release(ring);
   }
 }

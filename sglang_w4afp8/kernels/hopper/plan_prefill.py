@@ -22,8 +22,9 @@ from sglang_w4afp8.kernels.hopper.plan import (
 TILE_TOKENS = 128
 THREADS = 384
 ROUTE_THREADS = 512
-QUEUE = 8
+QUEUE = 4
 """Items that a CTA claims ahead."""
+STAGE_BARRIER_BYTES = 32
 BUFFERS = 3
 """Slices of contributions in memory at a time."""
 SLICE_PAIRS = 16_384
@@ -59,19 +60,14 @@ class PrefillPlan:
         return 1 if self.lists == 1 else 1 + self.lists
 
 
-def stage_k(shape: StageShape) -> int:
-    """Columns of a stage, as ``kK`` in prefill.cuh."""
-    return 128 if shape.stage_k == 256 else shape.stage_k
-
-
 def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
     per_wg = 2 if not up or row_tiles % 4 == 0 or row_tiles > 12 else 1
-    k = stage_k(shape)
+    k = shape.stage_k
     weights = 2 * per_wg * (k * 32 + k // group * 128)
-    stage = weights + TILE_TOKENS * k + BARRIER_BYTES
+    stage = weights + TILE_TOKENS * k + STAGE_BARRIER_BYTES
     static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024
     ring = min(MAX_RING, (CTA_SHARED_BYTES - static - QUEUE * BARRIER_BYTES) // stage)
     kernel = Kernel(
