@@ -63,6 +63,7 @@ class ExpertImporter:
         self.source = source
         self.shard = shard
         self.method = env.LOAD_METHOD.get()
+        self._copies = host.reuses_buffers()
         self._waiting: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -92,7 +93,7 @@ class ExpertImporter:
         if part not in self.source.data_parts:
             check_extra(prefix, part, tensor, shape, self.source.quant)
             return None
-        if host.reuses_buffers():
+        if self._copies:
             tensor = tensor.clone()
         with self._lock:
             tensors = self._waiting.setdefault((slot, shard_id), {})

@@ -133,6 +133,36 @@ def test_every_rank_holds_what_the_converter_writes(pair: tuple[Path, Path]) -> 
         }
 
 
+class Streamed(dict[str, torch.Tensor]):
+    """Tensors that hold their values until the next one is asked for."""
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:  # type: ignore[override]
+        for name, tensor in super().items():
+            lent = tensor.clone()
+            yield name, lent
+            lent.zero_()
+
+
+@pytest.mark.parametrize("load_format", ["fastsafetensors", "auto"])
+def test_buffers_that_are_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str
+) -> None:
+    """Where SGLang's reader does so, what waits for its scales is copied; elsewhere it is not."""
+    from sglang_w4afp8.srt import host
+    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+
+    source = write_fp8(tmp_path / "source", SHAPE)
+    convert_checkpoint(source, tmp_path / "converted")
+    monkeypatch.setattr(host, "load_format", lambda: load_format)
+    with virtual_rank(1, 4):
+        found = load(config_of(source), Streamed(tensors_of(source)), LAYER)
+        expected = load(
+            config_of(tmp_path / "converted"), tensors_of(tmp_path / "converted"), LAYER
+        )
+    same = torch.equal(found.w2_weight, expected.w2_weight)
+    assert same == (load_format == "fastsafetensors")
+
+
 def test_the_rounding_method_is_chosen_by_a_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

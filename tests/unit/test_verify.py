@@ -147,8 +147,7 @@ def test_workers_find_the_same(source, target, monkeypatch):
     assert one.layers == two.layers
 
 
-@pytest.mark.parametrize("ragged", [True])
-def test_resized_blocks_are_equal(source, tmp_path, ragged):
+def test_resized_blocks_are_equal(source, tmp_path):
     resize_checkpoint(source, tmp_path / "b64")
     report = verify_checkpoint(source, tmp_path / "b64")
     assert report.is_good
