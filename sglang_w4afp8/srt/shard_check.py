@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sglang_w4afp8.checkpoint.index import open_index
+from sglang_w4afp8.checkpoint.reader import TensorReader
 from sglang_w4afp8.layer import MoEWeights
 from sglang_w4afp8.reference import dequantize_fp8_block, moe_reference
 from sglang_w4afp8.sharding import AxisShard
@@ -73,34 +75,21 @@ class Checkpoint:
     """The tensors of a local checkpoint folder, read one by one."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = json.loads((folder / "config.json").read_text())
+        # Not strict: files that no checked layer lies in may be missing.
+        self.index = open_index(folder, strict=False)
+        self.config = self.index.config
         self.spec = QuantSpec.from_dict(self.config.get("quantization_config", {}))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
-        else:
-            from safetensors import safe_open
-
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
 
     def modules(self, pattern: str) -> list[str]:
         """Module names matching ``pattern`` (which captures the name), in layer order."""
-        found = {match[1] for name in self.files if (match := re.match(pattern, name))}
+        found = {match[1] for entry in self.index if (match := re.match(pattern, entry.name))}
         return sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors whose name starts with ``prefix.``."""
-        from safetensors import safe_open
-
-        tensors = {}
-        for file in sorted({self.files[n] for n in self.files if n.startswith(f"{prefix}.")}):
-            with safe_open(self.folder / file, "pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name.startswith(f"{prefix}."):
-                        tensors[name] = handle.get_tensor(name)
-        return tensors
+        wanted = [entry for entry in self.index if entry.name.startswith(f"{prefix}.")]
+        with TensorReader(self.index.root) as reader:
+            return {entry.name: reader.read(entry) for entry in wanted}
 
 
 def check(folder: Path, tp_sizes: list[int], ep_sizes: list[int]) -> Iterator[Row]:
