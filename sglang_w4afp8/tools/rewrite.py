@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,9 @@ WORK_DIR = ".w4afp8-work"
 _DONE_DIR = ".w4afp8-done"
 # Room for index, card and file-system overhead beside the tensors.
 _SPARE_BYTES = 64 << 20
+
+# Spawned, not forked: torch's thread pools do not survive a fork.
+_SPAWN = multiprocessing.get_context("spawn")
 
 Finish = Callable[[list[ShardRecord]], None]
 
@@ -248,20 +252,36 @@ def _run_threads(
             raise
 
 
+@contextlib.contextmanager
+def worker_pool(
+    workers: int, initializer: Callable[..., object] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, each of which calls ``initializer`` first.
+
+    Raises:
+        HostError: one of them died.
+    """
+    try:
+        with ProcessPoolExecutor(workers, _SPAWN, initializer, arguments) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise HostError(
+            "a worker process died without a message",
+            "the system kills processes when memory runs out",
+            [
+                "run the same command again with a smaller --workers; convert and resize-blocks go "
+                "on where they stopped"
+            ],
+        ) from error
+
+
 def _run_processes(
     jobs: list[ShardJob], place: JobPlace, workers: int, bar: Progress
 ) -> list[ShardRecord]:
-    # Spawned, not forked: torch's thread pools do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
+    counter = _SPAWN.Value("q", 0)
     start = bar.done_bytes
     records: list[ShardRecord] = []
-    with ProcessPoolExecutor(
-        max_workers=workers,
-        mp_context=context,
-        initializer=init_worker,
-        initargs=(counter, os.getpid()),
-    ) as pool:
+    with worker_pool(workers, init_worker, (counter, os.getpid())) as pool:
         futures = {pool.submit(run_job_in_worker, job, place) for job in jobs}
         try:
             while futures:
@@ -272,12 +292,6 @@ def _run_processes(
                 if futures and not done:
                     with contextlib.suppress(TimeoutError):
                         next(as_completed(futures, timeout=0.5))
-        except BrokenProcessPool as error:
-            raise HostError(
-                "a worker process died without a message",
-                "the system kills processes when memory runs out; finished shards are kept",
-                ["run the same command again with a smaller --workers"],
-            ) from error
         except BaseException:
             # Shards in the making are finished and kept; nothing new is begun.
             pool.shutdown(wait=True, cancel_futures=True)

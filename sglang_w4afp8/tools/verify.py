@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from sglang_w4afp8.errors import ConfigError
 from sglang_w4afp8.quantize.metrics import LOSSLESS_DB, ErrorStats
 from sglang_w4afp8.tools.console import Progress, human_seconds, print_json
 from sglang_w4afp8.tools.inspect import inspect_checkpoint
-from sglang_w4afp8.tools.rewrite import one_thread
+from sglang_w4afp8.tools.rewrite import one_thread, worker_pool
 from sglang_w4afp8.tools.source_tensors import collect_experts, quant_section
 from sglang_w4afp8.tools.verify_compare import CopyPair, Finding, LinearPair, compare_batch
 from sglang_w4afp8.tools.verify_report import write_html, write_png
@@ -192,8 +190,7 @@ def _compare(
                 findings += compare_batch(batch, source, target)
                 bar.advance(sum(pair.nbytes for pair in batch))
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(batches)), mp_context=context) as pool:
+        with worker_pool(min(workers, len(batches))) as pool:
             roots = [source] * len(batches), [target] * len(batches)
             results = pool.map(compare_batch, batches, *roots)
             for batch, result in zip(batches, results, strict=True):

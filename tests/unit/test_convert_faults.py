@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_w4afp8.checkpoint import stream
-from sglang_w4afp8.errors import CheckpointError, ConfigError
+from sglang_w4afp8.errors import CheckpointError, ConfigError, HostError
 from sglang_w4afp8.testing.checkpoints import MoeShape, bytes_of_files, write_bf16, write_fp8
 from sglang_w4afp8.tools import rewrite
 from sglang_w4afp8.tools.convert import convert_checkpoint
@@ -230,6 +230,17 @@ def test_foreign_target_is_refused_and_overwritten_only_on_demand(tmp_path, sour
     convert_checkpoint(source, target, overwrite=True)
     assert (target / "precious.txt").read_text() == "mine"
     assert (target / "config.json").is_file()
+
+
+def test_a_worker_that_dies(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "init_worker", os._exit)  # wrong arguments: each worker ends
+        with pytest.raises(HostError, match="smaller --workers"):
+            convert_checkpoint(source, tmp_path / "dst", workers=2)
+    assert not (tmp_path / "dst" / "config.json").exists()
+    convert_checkpoint(source, tmp_path / "dst")
+    convert_checkpoint(source, tmp_path / "straight")
+    assert bytes_of_files(tmp_path / "dst") == bytes_of_files(tmp_path / "straight")
 
 
 def test_target_that_is_a_file(tmp_path, source):
