@@ -108,15 +108,19 @@ def memory_table() -> str:
 
 
 def skew_table() -> str:
-    """How many times longer a call takes when the routing is not uniform."""
-    rows = timed_rows(True)
-    even = {(r["shape"], r["m"], r["provider"]): r["us"] for r in rows if r["routing"] == "uniform"}
-    keys = [(row["shape"], row["m"], row["provider"]) for row in rows]
-    skewed = [
-        row | {"slower": row["us"] / even[key]}
-        for row, key in zip(rows, keys, strict=True)
-        if row["routing"] != "uniform" and key in even
-    ]
+    """How many times longer a call takes than with uniform routing in the same run."""
+    skewed = []
+    for result in moe_results(prefill=True).values():
+        rows = [row for row in result["rows"] if row.get("us") is not None]
+        even = {
+            (row["shape"], row["m"], row["provider"]): row["us"]
+            for row in rows
+            if row["routing"] == "uniform"
+        }
+        for row in rows:
+            us = even.get((row["shape"], row["m"], row["provider"]))
+            if us is not None and row["routing"] != "uniform":
+                skewed.append(row | {"slower": row["us"] / us})
     return _by_provider(skewed, lambda row: f"{row['slower']:.2f}×")
 
 

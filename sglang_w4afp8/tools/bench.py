@@ -1,6 +1,7 @@
-"""``sglang-w4afp8 bench moe``: one MoE layer, every kernel present, this card.
+"""``sglang-w4afp8 bench``: ``moe`` times one MoE layer with every kernel present on this card.
 
-Exit code 1 if a kernel disagreed with the oracle.
+``plot`` draws its results; ``tune`` measures which of our paths runs which number of tokens. Exit
+code 1 if a kernel disagreed with the oracle.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from sglang_w4afp8.tools.bench_moe import (
     Ceilings,
     Shape,
     measure_ceilings,
-    shape_of,
+    shape_argument,
 )
 from sglang_w4afp8.tools.bench_peers import PROVIDERS, providers
 from sglang_w4afp8.tools.bench_plot import draw, merged, summary
 from sglang_w4afp8.tools.bench_run import ContextLost, Measurement, line
+from sglang_w4afp8.tools.bench_tune import add_tune_arguments, run_tune
 
 PREFILL_TOKENS = 256
 LIBRARIES = (
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     moe = kinds.add_parser("moe", help="one MoE layer, routing output in, combined BF16 out")
     moe.add_argument(
-        "--shape", nargs="+", type=shape_of, default=[SHAPES["r1-tp8"]],
+        "--shape", nargs="+", type=shape_argument, default=[SHAPES["r1-tp8"]],
         help=f"{', '.join(SHAPES)}, or experts=256,hidden=7168,inner=256,top_k=8",
     )  # fmt: skip
     moe.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
@@ -76,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot = kinds.add_parser("plot", help="draw result files of one shape: latency over tokens")
     plot.add_argument("result", type=Path, nargs="+")
     plot.add_argument("png", type=Path)
+    add_tune_arguments(
+        kinds.add_parser(
+            "tune", help="which path from how many tokens on, for servers on this card"
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; 1 if a kernel was wrong or there is no GPU."""
-    return {"moe": _moe, "plot": _plot}[options.kind](options)
+    return {"moe": _moe, "plot": _plot, "tune": run_tune}[options.kind](options)
 
 
 def _plot(options: argparse.Namespace) -> int:

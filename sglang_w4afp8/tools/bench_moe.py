@@ -8,6 +8,7 @@ float64 oracle on the same inputs.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,14 @@ def shape_of(words: str) -> Shape:
             f"{words!r} is none of {', '.join(SHAPES)}, and not of the form "
             "experts=256,hidden=7168,inner=256,top_k=8"
         ) from error
+
+
+def shape_argument(words: str) -> Shape:
+    """:func:`shape_of` for argparse, which shows the reason."""
+    try:
+        return shape_of(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 @dataclass(frozen=True)

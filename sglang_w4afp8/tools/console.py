@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 
@@ -43,9 +44,18 @@ class Progress:
         total_bytes: what is to be processed.
         label: first word of the line.
         enabled: False prints nothing.
+        show: a count in words, where it is not bytes that are counted.
     """
 
-    def __init__(self, total_bytes: int, label: str, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        total_bytes: int,
+        label: str,
+        *,
+        enabled: bool = True,
+        show: Callable[[float], str] = human_bytes,
+    ) -> None:
+        self._show = show
         self._total = max(1, total_bytes)
         self._label = label
         self._enabled = enabled
@@ -65,6 +75,10 @@ class Progress:
             self._last = now
             self._draw(now)
 
+    def expect(self, total_bytes: int) -> None:
+        """Correct the total."""
+        self._total = max(1, total_bytes)
+
     def skip(self, nbytes: int) -> None:
         """Count bytes as processed that an earlier run did; they do not enter the rate."""
         self._skipped += nbytes
@@ -80,8 +94,8 @@ class Progress:
         left = (self._total - self.done_bytes) / rate if rate > 0 else 0.0
         line = (
             f"{self._label} {100 * self.done_bytes / self._total:5.1f} %  "
-            f"{human_bytes(self.done_bytes)} of {human_bytes(self._total)}  "
-            f"{human_bytes(rate)}/s  {human_seconds(left)} left"
+            f"{self._show(self.done_bytes)} of {self._show(self._total)}  "
+            f"{self._show(rate)}/s  {human_seconds(left)} left"
         )
         pad = " " * max(0, self._last_length - len(line))
         self._last_length = len(line)

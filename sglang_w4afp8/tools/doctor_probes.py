@@ -256,6 +256,33 @@ def kernels() -> Iterator[Row]:
                 yield Row(FAIL, topic, refused, "serve another quantization of the model here")
 
 
+def tuning() -> Iterator[Row]:
+    """Which tables say, on each Hopper card here, which path runs which number of tokens."""
+    import torch as library
+
+    from sglang_w4afp8.errors import ConfigError
+    from sglang_w4afp8.kernels.hopper import tables
+    from sglang_w4afp8.layer import Device
+
+    count = library.cuda.device_count() if library.cuda.is_available() else 0
+    cards = (Device.of(library.device("cuda", i)) for i in range(count))
+    for name in sorted({card.name for card in cards if card.capability == (9, 0)}):
+        found = []
+        for whose, path in (
+            ("yours", tables.user_path(name)),
+            ("committed", tables.committed_path(name)),
+        ):
+            if not path.exists():
+                continue
+            try:
+                found.append(f"{whose}, {len(tables.read(path, name).layers)} layers: {path}")
+            except ConfigError as error:
+                why = f"{error.found}: {error.why}; it is left out"
+                yield Row(WARN, "tuning", why, "\n".join(error.ways))
+        told = "; ".join(found) or f"no table for {name}: built-in limits"
+        yield Row(OK, "tuning", f"{told}   ({tables.RETUNE} measures another)")
+
+
 def shared_memory() -> Iterator[Row]:
     """``/dev/shm``, through which ranks of one machine talk; containers often get 64 MB."""
     usage = shutil.disk_usage("/dev/shm")
@@ -329,6 +356,7 @@ PROBES: tuple[Probe, ...] = (
     registration,
     gpus,
     kernels,
+    tuning,
     shared_memory,
     limits,
     doctor_machine.processes,

@@ -118,6 +118,31 @@ def test_kernels_row_is_what_the_registry_says() -> None:
     assert all(row.status == OK and row.found.strip() for row in rows)
 
 
+def test_tuning_tables_of_hopper_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sglang_w4afp8.kernels.hopper import tables
+
+    assert rows_of(doctor_probes.tuning) == []
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA H100 80GB HBM3", "NVIDIA H20"]
+    monkeypatch.setenv("SGLANG_W4AFP8_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(names))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: names[device.index])
+    ada = {"NVIDIA L40S": (8, 9)}
+    monkeypatch.setattr(
+        "torch.cuda.get_device_capability", lambda device: ada.get(names[device.index], (9, 0))
+    )
+    h100, h20 = rows_of(doctor_probes.tuning)
+    assert h100.status == h20.status == OK
+    assert str(tables.committed_path(names[0])) in h100.found and "yours" not in h100.found
+    assert "no table for NVIDIA H20: built-in limits" in h20.found
+    path = tables.user_path(names[0])
+    path.parent.mkdir()
+    path.write_text("{}")
+    broken, h100, _ = rows_of(doctor_probes.tuning)
+    assert (broken.status, h100.status) == (WARN, OK)
+    assert str(path) in broken.found and "bench tune" in broken.cure
+
+
 def test_json_and_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
