@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_w4afp8.kernels.hopper.layout import ROW_TILE, StageShape
+from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
     BARRIER_BYTES,
     CTA_SHARED_BYTES,
