@@ -88,6 +88,13 @@ def load_experts(
         prefix=prefix,
         **layer_options,
     )
+    load_tensors(layer, tensors, prefix)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def load_tensors(layer: Any, tensors: Tensors, prefix: str) -> None:
+    """Hand a ``FusedMoE`` the tensors of ``prefix``, as the models' ``load_weights`` does."""
     parameters = dict(layer.named_parameters())
     shards = {projection: shard for shard, projection in PROJECTIONS.items()}
     for name, tensor in tensors.items():
@@ -96,10 +103,7 @@ def load_experts(
         expert, projection, kind = name.removeprefix(f"{prefix}.").split(".", 2)
         shard_id = shards.get(projection, projection)
         parameter = parameters[("w2_" if shard_id == "w2" else "w13_") + kind]
-        # As the models' load_weights calls it.
         parameter.weight_loader(parameter, tensor, name, shard_id=shard_id, expert_id=int(expert))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def run_experts(

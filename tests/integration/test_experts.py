@@ -278,7 +278,7 @@ def test_a_reordered_layer_keeps_its_mark_and_refuses_updates(
 
 
 def test_weights_in_checkpoint_order_can_be_updated(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sglang_w4afp8.srt.virtual_ranks import run_experts, virtual_rank
+    from sglang_w4afp8.srt.virtual_ranks import load_tensors, run_experts, virtual_rank
 
     monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", "torch")
     old, new = made(512), made(512)
@@ -288,14 +288,7 @@ def test_weights_in_checkpoint_order_can_be_updated(monkeypatch: pytest.MonkeyPa
     with virtual_rank(0, 1):
         layer = build(old, 512)
         before = run_experts(layer, *routing())
-        parameters = dict(layer.named_parameters())
-        for name, tensor in new.items():
-            expert, projection, kind = name.removeprefix(f"{PREFIX}.").split(".", 2)
-            shard_id = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
-            parameter = parameters[("w2_" if shard_id == "w2" else "w13_") + kind]
-            parameter.weight_loader(
-                parameter, tensor, name, shard_id=shard_id, expert_id=int(expert)
-            )
+        load_tensors(layer, new, PREFIX)
         layer.quant_method.process_weights_after_loading(layer)
         after = run_experts(layer, *routing())
         fresh = run_experts(build(new, 512), *routing())

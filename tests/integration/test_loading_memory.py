@@ -96,23 +96,15 @@ def build(
 
 
 def test_nothing_larger_than_a_slice_is_copied() -> None:
-    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
+    from sglang_w4afp8.srt.virtual_ranks import load_tensors, virtual_rank
 
     tensors = expert_tensors()
+    matrices = {name: tensor for name, tensor in tensors.items() if "input_scale" not in name}
     with virtual_rank(3, TP):
         layer = build(tensors)  # parameters exist; now load the same tensors once more, watched
-        parameters = dict(layer.named_parameters())
         slice_bytes = HIDDEN * INTERMEDIATE // TP // 2
         with Allocations() as seen:
-            for name, tensor in tensors.items():
-                if "input_scale" in name:
-                    continue
-                expert, projection, kind = name.removeprefix(f"{PREFIX}.").split(".", 2)
-                shard_id = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
-                parameter = parameters[("w2_" if shard_id == "w2" else "w13_") + kind]
-                parameter.weight_loader(
-                    parameter, tensor, name, shard_id=shard_id, expert_id=int(expert)
-                )
+            load_tensors(layer, matrices, PREFIX)
     # A scale column is gathered before it is written; codes are written straight from the file.
     assert max(seen.sizes, default=0) <= HIDDEN * 8 < slice_bytes
 
