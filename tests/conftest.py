@@ -27,6 +27,7 @@ _MAY_SKIP = (
     "ran in two network namespaces instead",
     "the rule of SGLang 0.5.16",
     "runs in the environment of SGLang",
+    "this SGLang has no pplx",
     "does not take it",
     "is not applied to this release",
 )
