@@ -7,12 +7,8 @@ code 1 if a kernel disagreed with the oracle.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import re
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +16,8 @@ from typing import Any
 
 import torch
 
-from sglang_w4afp8 import __version__
 from sglang_w4afp8.errors import ConfigError
+from sglang_w4afp8.tools.bench_environment import environment, gpu_word
 from sglang_w4afp8.tools.bench_moe import (
     ROUTINGS,
     SHAPES,
@@ -36,9 +32,6 @@ from sglang_w4afp8.tools.bench_run import ContextLost, Measurement, line
 from sglang_w4afp8.tools.bench_tune import add_tune_arguments, run_tune
 
 PREFILL_TOKENS = 256
-LIBRARIES = (
-    "sglang", "sglang-kernel", "sgl-deep-gemm", "humming-kernels", "flashinfer-python", "triton",
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,39 +128,6 @@ def _command(words: Sequence[str]) -> str:
     """As it would be typed, without the folders of this machine."""
     own = words[1:] if words[:1] == ["bench"] else words
     return "sglang-w4afp8 bench " + " ".join(Path(word).name for word in own)
-
-
-def environment(commit: str | None) -> dict[str, Any]:
-    """What a result needs to explain itself; ``commit`` None asks git."""
-    if commit is None:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        commit = done.stdout.strip() or "unknown"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "driver": driver[0] if driver else "unknown",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "libraries": {name: _version(name) for name in LIBRARIES},
-        "sglang_w4afp8": __version__,
-        "commit": commit,
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def gpu_word(device: str) -> str:
-    """``h100`` of ``NVIDIA H100 80GB HBM3``: the first word with letters, then digits."""
-    found = re.search(r"\b[A-Za-z]+\d+[A-Za-z]?\b", device)
-    return (found[0] if found else device.replace(" ", "-")).lower()
 
 
 def _stem(device: str, shape: str, tokens: Sequence[int]) -> str:

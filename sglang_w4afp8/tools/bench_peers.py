@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 
-from sglang_w4afp8.kernels.hopper.backend import HopperBackend
+from sglang_w4afp8.kernels.hopper.backend import HopperBackend, layer_of
+from sglang_w4afp8.kernels.hopper.plan import plan, takes_prefill
 from sglang_w4afp8.layer import MoEProblem, MoEWeights
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools.bench_moe import private_copy
@@ -78,6 +79,11 @@ class Ours:
     ) -> Run:
         """Stage order."""
         ready = self._backend.prepare(problem, private_copy(weights))
+        self._layer = layer_of(
+            ready.w13, ready.w2, ready.w13_scale, ready.w2_scale, problem.top_k,
+            ready.w13.dtype is torch.uint8, problem.scheme is not ActivationScheme.STATIC,
+            ready.state.limits,
+        )  # fmt: skip
 
         def run(
             x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
@@ -85,6 +91,12 @@ class Ours:
             return self._backend.run(problem, ready, x, topk_weights, topk_ids, 1.0)
 
         return run
+
+    def path(self, tokens: int) -> str:
+        """Which of the backend's paths runs a call of the layer prepared last."""
+        sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+        prefill = takes_prefill(self._layer, tokens)
+        return "prefill" if prefill else plan(self._layer, tokens, sms).path
 
 
 _PEERS = "sglang_w4afp8.srt.peers"

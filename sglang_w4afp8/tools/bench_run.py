@@ -30,7 +30,7 @@ from sglang_w4afp8.tools.bench_moe import (
     random_weights,
     spread,
 )
-from sglang_w4afp8.tools.bench_peers import Provider, Run
+from sglang_w4afp8.tools.bench_peers import Ours, Provider, Run
 
 Row = dict[str, Any]
 
@@ -161,6 +161,8 @@ class Measurement:
             "tolerance": provider.tolerance,
             "wrong": not worst < provider.tolerance,
         }
+        if isinstance(provider, Ours):
+            row["path"] = provider.path(tokens)
         if row["wrong"] or self._options.check_only:
             return
         row["extra_mb"] = (self._kept_bytes + _extra_bytes(runs[0], calls[0])) / 1e6

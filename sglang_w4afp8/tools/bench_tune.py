@@ -22,6 +22,7 @@ from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools.bench_check import expected
 from sglang_w4afp8.tools.bench_choose import ROUNDS, Times, first_numbers, search
+from sglang_w4afp8.tools.bench_environment import environment
 from sglang_w4afp8.tools.bench_moe import (
     SHAPES,
     Call,
@@ -69,6 +70,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--table", type=Path, help="write here, not into the cache folder")
     parser.add_argument("--json", action="store_true", help="print times and limits as JSON")
+    parser.add_argument("--commit", help="of this package, for --json; asked from git by default")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be measured and written; no GPU"
     )
@@ -249,8 +251,8 @@ def _tune(shape: Shape, scheme: ActivationScheme, options: argparse.Namespace) -
         if moved is not None:
             print(f"what stood there was no table of this card and version: now {moved}")
     return {
+        **environment(options.commit),
         "shape": shape.name,
-        "device": bench.device_name,
         "sizes": tables.sizes(bench.layer),
         "variant": tables.variant(bench.layer),
         "us": times,

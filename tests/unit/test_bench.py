@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sglang_w4afp8.errors import ConfigError
+from sglang_w4afp8.kernels.hopper.plan import Layer, Limits
 from sglang_w4afp8.packing import pack_int4, unpack_int4
 from sglang_w4afp8.quantize.fp8 import quantize_fp8_block
 from sglang_w4afp8.reference import dequantize_fp8_block
 from sglang_w4afp8.spec import ActivationScheme
-from sglang_w4afp8.tools import bench, bench_moe, bench_plot, bench_run
+from sglang_w4afp8.tools import bench_moe, bench_run
 from sglang_w4afp8.tools.bench_check import expected
 from sglang_w4afp8.tools.bench_moe import (
     Call,
@@ -27,6 +25,7 @@ from sglang_w4afp8.tools.bench_moe import (
     random_weights,
     shape_of,
 )
+from sglang_w4afp8.tools.bench_peers import Ours
 
 SMALL = Shape("small", 16, 16, 64, 64, 64, 4)
 
@@ -76,16 +75,13 @@ def test_shapes() -> None:
             shape_of(words)
 
 
-def test_file_names() -> None:
-    card = "NVIDIA H100 80GB HBM3"
-    assert bench._stem(card, "r1-tp8", [1, 256]) == "moe-h100-r1-tp8"
-    assert bench._stem(card, "r1-ep8", [256, 16384]) == "moe-h100-r1-ep8-prefill"
-
-
-def test_gpu_words() -> None:
-    assert bench.gpu_word("NVIDIA H100 80GB HBM3") == "h100"
-    assert bench.gpu_word("NVIDIA H200") == "h200"
-    assert bench.gpu_word("NVIDIA L40S") == "l40s"
+def test_rows_of_ours_say_which_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Ours()
+    limits = Limits(8, 64, 700)
+    ours._layer = Layer(256, 7168, 256, 128, 128, 8, False, False, limits)
+    card = argparse.Namespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert [ours.path(m) for m in (8, 64, 65, 701)] == ["small", "medium", "large", "prefill"]
 
 
 @pytest.mark.parametrize("block", [(128, 128), (64, 64)])
@@ -339,51 +335,3 @@ def test_a_slow_peer_is_given_up(
     rows: list[dict[str, Any]] = []
     measurement.provider(_Peer("marlin-w4a16"), rows)
     assert "not done after" in rows[-1]["reason"]
-
-
-def test_picture_and_summary(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    common: dict[str, Any] = {"shape": "s", "routing": "uniform", "roofline_us": 2.0}
-    rows = [
-        common | {"provider": name, "m": m, "us": us * m}
-        for name, us in (("ours", 10.0), ("sglang-cutlass", 40.0))
-        for m in (1, 16)
-    ]
-    rows.append({"shape": "s", "provider": "marlin-w4a16", "reason": "no"})
-    result = {"device": "H100", "rows": rows}
-    lines = bench_plot.series(rows, "uniform")
-    assert lines == {
-        "ours": [(1, 10.0), (16, 160.0)],
-        "sglang-cutlass": [(1, 40.0), (16, 640.0)],
-        "roofline": [(1, 2.0), (16, 2.0)],
-    }
-    (tmp_path / "r.json").write_text(json.dumps(result))
-    assert bench.main(["plot", str(tmp_path / "r.json"), str(tmp_path / "r.png")]) == 0
-    picture = image.open(tmp_path / "r.png").convert("RGB")
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert {bench_plot.COLOURS[name] for name in lines} <= colours
-    assert bench_plot.COLOURS["marlin-w4a16"] not in colours
-    assert "sglang-cutlass" in bench_plot.summary(rows)
-
-
-def test_one_picture_of_several_files(tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    common: dict[str, Any] = {"routing": "uniform", "roofline_us": 2.0, "provider": "ours"}
-
-    def result(shape: str, device: str, times: dict[int, float]) -> str:
-        rows = [common | {"shape": shape, "m": m, "us": us} for m, us in times.items()]
-        path = tmp_path / f"{shape}-{device}-{len(times)}.json"
-        path.write_text(json.dumps({"device": device, "rows": rows}))
-        return str(path)
-
-    decode = result("r1-tp8", "H100", {1: 16.0, 256: 290.0})
-    prefill = result("r1-tp8", "H100", {256: 280.0, 4096: 700.0, 16384: 2000.0})
-    both = [json.loads(Path(name).read_text()) for name in (decode, prefill)]
-    lines = bench_plot.series(bench_plot.merged(both)["rows"], "uniform")
-    assert lines["ours"] == [(1, 16.0), (256, 280.0), (4096, 700.0), (16384, 2000.0)]
-    png = tmp_path / "both.png"
-    assert bench.main(["plot", decode, prefill, str(png)]) == 0
-    assert image.open(png).size == (900, 560)
-    for other in (result("r1-tp16", "H100", {1: 2.0}), result("r1-tp8", "H200", {1: 2.0})):
-        with pytest.raises(ConfigError, match="results of several"):
-            bench.main(["plot", decode, other, str(png)])

@@ -126,6 +126,7 @@ def test_numbers() -> None:
     assert first_numbers(1) == [1]
     times = measured(1, 8, 16, 64, 65, 256)
     assert between(times, Limits(8, 64, UNLIMITED)) == [11], "64 and 65 have nothing between"
+    assert between(measured(1, 2), Limits(1, 64, UNLIMITED)) == []
 
 
 class FakeBench:
@@ -152,6 +153,8 @@ def _card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "COMMITTED", tmp_path / "committed")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench_tune, "Bench", FakeBench)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: CARD)
+    monkeypatch.setattr(bench_tune, "environment", lambda commit: {"device": CARD, "commit": "c"})
     tables._usable.cache_clear()
 
 
@@ -169,6 +172,7 @@ def test_a_run_leaves_a_table_that_is_found(capsys: pytest.CaptureFixture[str]) 
     # Another shape is added, in another variant, in JSON.
     assert cli.main(["bench", "tune", "--shape", "r1-tp16", "--codes", "16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)[0]
+    assert (told["device"], told["commit"]) == (CARD, "c")
     assert told["limits"] == found.limits._asdict() and told["us"]["small"]["1"] > 0
     assert tables.find(TP8, CARD) == found
     tp16 = replace(TP8, inner=128, minus_eight=True)
