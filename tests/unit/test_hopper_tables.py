@@ -163,6 +163,23 @@ def test_a_table_that_cannot_be_used_is_told_and_left_out(
     assert tables.find(TP8, CARD).limits.small == 6
 
 
+def test_what_may_not_be_read_does_not_stop_a_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables.save(tables.user_path(CARD), TP8, limits(small=5), CARD, "a")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        assert tables.find(TP8, CARD).source == "built-in defaults"
+    assert "Permission denied" in caplog.text
+    tables._usable.cache_clear()
+    monkeypatch.setattr(os, "stat", refuse)  # of the folder, which Path.exists would pass on
+    assert tables.find(TP8, CARD).source == "built-in defaults"
+
+
 def test_a_table_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tables.user_path(CARD)
     tables.save(path, TP8, limits(small=5), CARD, "a")

@@ -151,7 +151,7 @@ def _unusable(path: Path, why: str) -> ConfigError:
 @lru_cache
 def _usable(path: Path, device: str) -> Table | None:
     """The table, read once a process; None, with a warning, where it cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False where a folder may not be entered
         return None
     try:
         return read(path, device)
