@@ -30,6 +30,9 @@ constexpr int kToken8Stride = kK * 8;
 constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kQueue = 4;  // items that are claimed ahead
+#ifndef PROBE
+#define PROBE 0
+#endif
 constexpr int kLate = 2;   // halves of tokens in flight before the first is handed over
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
@@ -151,6 +154,7 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
     for (int step = 0; step < stages; ++step) {
       const u32 full = ring.weights_full(place.slot);
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
+      if (PROBE & 2) { if (lane == 0) barrier_arrive(full); place.advance(ring.size); continue; }
       if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
       __syncwarp();
       if (count > 0) {
@@ -206,7 +210,7 @@ __device__ __forceinline__ void produce_tokens(int k, const int* columns, int li
       for (int h = 0; h < kHalves; ++h, to += kTokenBytes) {
 #pragma unroll
         for (int j = 0; j < kMine; ++j) {
-          if (from[j] != nullptr) {
+          if (from[j] != nullptr && !(PROBE & 1)) {
 #pragma unroll
             for (int i = 0; i < kK / 64; ++i) {
               async_copy16(to + 2 * j * kToken8Stride + i * 512,
@@ -296,6 +300,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       Fragment& then = f[(at + 1) & 1];
       float part[kN / 2];
       pin(part);
+      if (PROBE & 16) asm volatile("bar.sync %0, 256;" ::"r"(4 + wg) : "memory");
       mma_fence();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
@@ -303,6 +308,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
                        b + (group * kSteps + j) * 16, j);
       }
       mma_commit();
+      if (PROBE & 16) asm volatile("bar.arrive %0, 256;" ::"r"(5 - wg) : "memory");
       if (at + 1 < kParts) {
         load_fragment(then, codes + w_at, scales + s_at, (at + 1) % kPerWg, (at + 1) / kPerWg);
       } else if (!last_half) {

@@ -9,8 +9,8 @@
 // them: [warpgroup][warp][g 8][row tile 2][row half 2].
 #include "prefill.cuh"
 
-constexpr int kBuffers = 3;        // slices in y
-constexpr int kSumTokens = 16;     // of an item
+constexpr int kBuffers = 3;     // slices in y
+constexpr int kSumTokens = 32;  // of an item, four to a warp
 constexpr int kAtOnce = 8;
 static_assert(kPerWg == 2, "");
 
@@ -39,16 +39,6 @@ __device__ __forceinline__ void wait_count(const u32* count, u32 target) {
   } while (static_cast<u32>(uniform(seen)) < target);
 }
 
-// Counts this warpgroup in, with what it has stored or read before.
-__device__ __forceinline__ void count_in(u32* count, int wg) {
-  named_sync(1 + wg, 128);
-  if ((threadIdx.x & 127) == 0) {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-  }
-  __syncwarp();
-}
-
 __device__ __forceinline__ int blocks_of(const PrefillDownParams& p, int slice) {
   const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
   return min(p.slice_blocks, blocks - slice * p.slice_blocks);
@@ -56,8 +46,9 @@ __device__ __forceinline__ int blocks_of(const PrefillDownParams& p, int slice) 
 __device__ __forceinline__ int list_tokens(const PrefillDownParams& p, int list) {
   return min(p.list_tokens, p.tokens - list * p.list_tokens);
 }
-__device__ __forceinline__ int sum_items(const PrefillDownParams& p, int list) {
-  return (list_tokens(p, list) + kSumTokens - 1) / kSumTokens;
+// Sums of a slice of `blocks` blocks: 32 tokens by 256 outputs each.
+__device__ __forceinline__ int sum_items(const PrefillDownParams& p, int list, int blocks) {
+  return (list_tokens(p, list) + kSumTokens - 1) / kSumTokens * blocks;
 }
 
 // What is claimed, in order. A step is a slice of one list: its matrix items, then the sums of the
@@ -73,7 +64,10 @@ struct Order {
       const int slice = step / p.lists, list = step - slice * p.lists;
       const int blocks = slice < p.slices ? blocks_of(p, slice) : 0;
       const int matrix = p.header[list] * blocks;
-      const int sums = step > 0 ? sum_items(p, list > 0 ? list - 1 : p.lists - 1) : 0;
+      const int old_list = list > 0 ? list - 1 : p.lists - 1;
+      const int old_slice = list > 0 ? slice : slice - 1;
+      const int old_blocks = step > 0 ? blocks_of(p, old_slice) : 0;
+      const int sums = sum_items(p, old_list, old_blocks);
       const int at = number - begin;
       if (at < matrix) {
         const int i = at / blocks;
@@ -84,8 +78,10 @@ struct Order {
         return item;
       }
       if (at < matrix + sums) {
-        item.kind = kCombine, item.first = at - matrix, item.slice = step - 1;
-        item.list = list > 0 ? list - 1 : p.lists - 1, item.tile = (step - 1) / p.lists;
+        const int i = (at - matrix) / old_blocks;
+        item.kind = kCombine, item.first = i * kSumTokens, item.slice = step - 1;
+        item.list = old_list, item.tile = old_slice;
+        item.block = old_slice * p.slice_blocks + (at - matrix - i * old_blocks);
         return item;
       }
       if (step == p.slices * p.lists) return item;
@@ -97,7 +93,8 @@ struct Order {
 // What a consumer warp remembers between items; in shared memory, as registers are short.
 struct Memory {
   int free_before;  // steps below this are known to have left their buffers
-  int stored;       // step of a matrix item that has not been counted in yet, or -1
+  int whole_before;  // steps below this are known to be in their buffers
+  int kind, step, items;  // done by this warpgroup and not counted in yet
 };
 
 __shared__ Memory memories[kConsumers / 32];
@@ -113,13 +110,28 @@ struct DownBody {
   __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
   __device__ __forceinline__ static Memory& memory() { return memories[threadIdx.x >> 5]; }
 
-  // An item is counted in once the next one has been multiplied: by then its stores have arrived and
-  // the fence does not wait for them. Never later than before this warpgroup itself waits.
-  __device__ __forceinline__ void count_stored() {
-    const int stored = uniform(memory().stored);
-    if (stored >= 0) count_in(p.done + stored * 2, threadIdx.x >> 7);
+  // Counts in what this warpgroup has done, before it goes on to something of another step or kind:
+  // a fence for each item would cost more than the item. Never later than before it waits itself.
+  __device__ __forceinline__ void count_in(int kind, int step) {
+    const int items = uniform(memory().items);
+    if (items == 0 || (uniform(memory().kind) == kind && uniform(memory().step) == step)) return;
+    const int wg = threadIdx.x >> 7;
+    named_sync(1 + wg, 128);
+    if ((threadIdx.x & 127) == 0) {
+      u32* count = p.done + memory().step * 2 + (memory().kind == kCombine);
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(items) : "memory");
+    }
     __syncwarp();
-    memory().stored = -1;
+    memory().items = 0;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void remember(int kind, int step) {
+    __syncwarp();
+    const int items = memory().items;
+    __syncwarp();
+    memory().kind = kind, memory().step = step, memory().items = items + 1;
+    __syncwarp();
   }
 
   // y of block `block` of a slice.
@@ -132,15 +144,16 @@ struct DownBody {
   __device__ __forceinline__ void run() {
     float acc[2][kN / 2];
     multiply<kN>(acc, p.weights.k / kSpan, ring, place);
-    count_stored();
+    const int step = uniform(item().slice), old = step - kBuffers;
+    count_in(kMatrix, step);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    const int old = uniform(item().slice) - kBuffers;
-    if (old >= 0 && uniform(memory().free_before) <= old) {
-      wait_count(p.done + old * 2 + 1, 2 * sum_items(p, old % p.lists));
+    if (!(PROBE & 8) && old >= 0 && uniform(memory().free_before) <= old) {
+      wait_count(p.done + old * 2 + 1,
+                 2 * sum_items(p, old % p.lists, blocks_of(p, old / p.lists)));
       memory().free_before = old + 1;
     }
     const float b_scale = W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f;
-    u8* at = buffer(item().slice, item().block - item().tile * p.slice_blocks) +
+    u8* at = buffer(step, item().block - item().tile * p.slice_blocks) +
              static_cast<u64>(item().first + (lane & 3) * 2) * 512 + (wg * 4 + (thread >> 5)) * 64 + (lane >> 2) * 8;
     const int left = item().count - (lane & 3) * 2;
 #pragma unroll
@@ -159,61 +172,61 @@ struct DownBody {
                        pack_bf16(acc[1][i + e] * scale, acc[1][i + e + 2] * scale));
       }
     }
-    __syncwarp();
-    memory().stored = item().slice;
+    remember(kMatrix, step);
   }
 
-  // Adds up the experts of kSumTokens tokens, two to a warp: lane 16 i + k knows where token i's k-th
-  // expert put its part. Both tokens' parts of a block travel together.
+  // Adds up the experts of kSumTokens tokens for 256 outputs, four tokens to a warp: lane 8 i + k
+  // knows where token i's k-th expert put its part. All parts travel together.
   __device__ __forceinline__ void sum() {
-    const int lane = threadIdx.x & 31, slice = item().tile, blocks = blocks_of(p, slice);
-    count_stored();
-    const int local = item().first * kSumTokens + (threadIdx.x >> 5) * 2;
-    const int here = min(2, list_tokens(p, item().list) - local);
-    const int token = item().list * p.list_tokens + local;
-    wait_count(p.done + item().slice * 2, 2 * p.header[item().list] * blocks);
-    for (int block = 0; block < blocks; ++block) {
-      const u8* from = buffer(item().slice, block) + lane * 16;
-      float total[2][8] = {};
-      for (int first = 0; first < p.top_k; first += kAtOnce) {
-        const int k = first + (lane & 15);
-        const bool known = (lane & 15) < kAtOnce && k < p.top_k && (lane >> 4) < here;
-        const int pair = (token + (lane >> 4)) * p.top_k + k;
-        const int at = known ? p.place[pair] : -1;
-        const float weight = at >= 0 ? p.topk_weights[pair] : 0.0f;
-        uint4 v[2][kAtOnce];
+    constexpr int kTokensOfWarp = kSumTokens / (kConsumers / 32);
+    const int lane = threadIdx.x & 31, step = uniform(item().slice);
+    count_in(kCombine, step);
+    const int list = item().list, slice = item().tile, block = item().block;
+    if (uniform(memory().whole_before) <= step) {
+      wait_count(p.done + step * 2, 2 * p.header[list] * blocks_of(p, slice));
+      memory().whole_before = step + 1;
+    }
+    const int local = item().first + (threadIdx.x >> 5) * kTokensOfWarp;
+    const int here = min(kTokensOfWarp, list_tokens(p, list) - local);
+    const int token = list * p.list_tokens + local;
+    const u8* from = buffer(step, block - slice * p.slice_blocks) + lane * 16;
+    float total[kTokensOfWarp][8] = {};
+    for (int first = 0; first < p.top_k; first += kAtOnce) {
+      const int k = first + (lane & 7), i = lane >> 3;
+      const int pair = (token + i) * p.top_k + k;
+      const int at = k < p.top_k && i < here ? p.place[pair] : -1;
+      const float weight = at >= 0 ? p.topk_weights[pair] : 0.0f;
+      uint4 v[kTokensOfWarp][kAtOnce];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kTokensOfWarp; ++i) {
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const int row = __shfl_sync(0xffffffffu, at, i * 16 + j);
-            v[i][j] = make_uint4(0, 0, 0, 0);
-            if (row >= 0) {
-              v[i][j] =
-                  __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 512));
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const float by = __shfl_sync(0xffffffffu, weight, i * 16 + j);
-            const u32 w[4] = {v[i][j].x, v[i][j].y, v[i][j].z, v[i][j].w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              total[i][2 * e] += by * bf16_low(w[e]);
-              total[i][2 * e + 1] += by * bf16_high(w[e]);
-            }
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int row = __shfl_sync(0xffffffffu, at, i * kAtOnce + j);
+          v[i][j] = make_uint4(0, 0, 0, 0);
+          if (row >= 0) {
+            v[i][j] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 512));
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i < here) store(token + i, (slice * p.slice_blocks + block) * 256, total[i]);
+      for (int i = 0; i < kTokensOfWarp; ++i) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const float by = __shfl_sync(0xffffffffu, weight, i * kAtOnce + j);
+          const u32 w[4] = {v[i][j].x, v[i][j].y, v[i][j].z, v[i][j].w};
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            total[i][2 * e] += by * bf16_low(w[e]);
+            total[i][2 * e + 1] += by * bf16_high(w[e]);
+          }
+        }
       }
     }
-    count_in(p.done + item().slice * 2 + 1, threadIdx.x >> 7);
+#pragma unroll
+    for (int i = 0; i < kTokensOfWarp; ++i) {
+      if (i < here) store(token + i, block * 256, total[i]);
+    }
+    remember(kCombine, step);
   }
 
   // The four pairs of outputs of a lane, at their rows (hopper/layout.py, _row_order).
@@ -267,7 +280,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers();
-  memories[threadIdx.x >> 5] = Memory{0, -1};
+  if ((PROBE & 16) && threadIdx.x >= 128) asm volatile("bar.arrive %0, 256;" ::"r"(4) : "memory");
+  memories[threadIdx.x >> 5] = Memory{};
   __syncwarp();
   DownBody body{p, ring, Reader{}, Place{}};
   for (;;) {
@@ -275,11 +289,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
     if (kind == kCombine) {
-      body.sum();
+      if (!(PROBE & 4)) body.sum(); else { body.count_in(kCombine, item.slice); body.remember(kCombine, item.slice); }
     } else {
       with_columns(item.count, body);
     }
     body.reader.release(ring);
   }
-  body.count_stored();
+  body.count_in(kEnd, 0);
 }

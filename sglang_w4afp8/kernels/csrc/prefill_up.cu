@@ -13,17 +13,42 @@ constexpr int kGatherBytes = kTokens * kPitch;
 struct PrefillUpParams {
   Weights weights;
   const u8* b;           // (M, K) E4M3
-  const Tile* tiles;
-  const int* header;     // [0] number of tiles
-  const int* columns;    // pair numbers, sorted by expert
+  const Tile* tiles;     // (lists, max_tiles)
+  const int* header;     // (lists) number of tiles
+  const int* columns;    // (lists, list_pairs) pair numbers, sorted by expert
   const float* b_scale;  // static: (1); dynamic: (M)
   const float* q_scale;  // static: (1) scale of the output
   u8* q;                 // (M * top_k, inner) E4M3
   float* q_row_scale;    // dynamic: (M * top_k)
   float* inner;          // dynamic: (M * top_k, inner) before quantisation
   u32* claimed;          // zero before
-  u32* tile_count;       // dynamic: (tiles), zero before
-  int top_k, ring;
+  u32* tile_count;       // dynamic: (lists, max_tiles), zero before
+  int top_k, lists, list_pairs, max_tiles, ring;
+};
+
+// What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each other
+// read the same tokens, and the tiles of an expert, so that they read the same weights.
+struct Order {
+  const PrefillUpParams& p;
+  int list = 0, begin = 0;
+
+  __device__ __forceinline__ Item item(int number) {
+    const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+    Item item{};
+    for (; list < p.lists; ++list) {
+      const int items = p.header[list] * blocks, at = number - begin;
+      if (at < items) {
+        const int i = at / blocks;
+        const Tile tile = p.tiles[list * p.max_tiles + i];
+        item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
+        item.count = tile.count, item.tile = list * p.max_tiles + i;
+        item.block = at - i * blocks, item.list = list;
+        return item;
+      }
+      begin += items;
+    }
+    return item;
+  }
 };
 
 __shared__ Queue queue;
@@ -46,7 +71,8 @@ struct UpBody {
     multiply<kN>(acc, p.weights.k / kSpan, ring, place);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
-    const int* pairs = p.columns + item().first;
+    const int* pairs =
+        p.columns + static_cast<u64>(item().list) * p.list_pairs + item().first;
     const int row_tile = (item().block * 2 + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
@@ -124,25 +150,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       produce_weights(p.weights, queue, ring);
     } else if (warp == 1) {
       if ((threadIdx.x & 31) != 0) return;
-      const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
-      const int items = p.header[0] * blocks;
-      claim(queue, ring, p.claimed, [&](u32 number) {
-        Item item{};
-        if (number >= static_cast<u32>(items)) return item;
-        const int at = number / blocks;
-        const Tile tile = p.tiles[at];
-        item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
-        item.count = tile.count, item.tile = at, item.block = number - at * blocks;
-        return item;
-      });
+      Order order{p};
+      claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
     } else {
-      produce_tokens(p.weights.k, p.columns, 0, queue, ring, warp - 2, [&](int pair) {
+      produce_tokens(p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2, [&](int pair) {
         return p.b + static_cast<u64>(pair / p.top_k) * p.weights.k;
       });
     }
     return;
   }
   take_registers();
+  if ((PROBE & 16) && threadIdx.x >= 128) asm volatile("bar.arrive %0, 256;" ::"r"(4) : "memory");
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const float q_scale = kDynamic ? 1.0f : *p.q_scale;
   UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), b_scale, q_scale,

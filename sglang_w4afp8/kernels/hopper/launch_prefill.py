@@ -24,8 +24,8 @@ class _RouteParams(ctypes.Structure):
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("tiles", _P),
-        ("header", _P), ("columns", _P), ("place", _P), ("zeros", _P), ("pairs", _I),
-        ("top_k", _I), ("hidden", _I), ("experts", _I), ("lists", _I), ("list_pairs", _I),
+        ("header", _P), ("columns", _P), ("place", _P), ("zeros", _P), ("tokens", _I),
+        ("pairs", _I), ("hidden", _I), ("experts", _I), ("lists", _I), ("list_pairs", _I),
         ("max_tiles", _I), ("zero_count", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
@@ -36,7 +36,8 @@ class _UpParams(ctypes.Structure):
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
         ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
-        ("claimed", _P), ("tile_count", _P), ("top_k", _I), ("ring", _I),
+        ("claimed", _P), ("tile_count", _P), ("top_k", _I), ("lists", _I), ("list_pairs", _I),
+        ("max_tiles", _I), ("ring", _I),
     )  # fmt: skip
 
 
@@ -61,15 +62,15 @@ def launches_prefill(
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
     list_pairs = plan.list_tokens * layer.top_k
     steps = plan.slices * plan.lists
-    zeros = 2 + 2 * steps + (plan.max_tiles if dynamic else 0)
-    several = plan.lists > 1
+    tiles = plan.lists * plan.max_tiles
+    zeros = 2 + 2 * steps + (tiles if dynamic else 0)
     space = Workspace(
         t.x.device,
         {
             "zeros": zeros * 4,
-            "header": plan.sorts * 4,
-            "tiles": plan.sorts * plan.max_tiles * 16,
-            "columns": pairs * (2 if several else 1) * 4,
+            "header": plan.lists * 4,
+            "tiles": tiles * 16,
+            "columns": pairs * 4,
             "place": pairs * 4,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
@@ -84,7 +85,7 @@ def launches_prefill(
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
         pointer(t.w13_input_scale), at["tiles"], at["header"], at["columns"], at["place"],
-        claimed, pairs, layer.top_k, layer.hidden, layer.experts, plan.lists, list_pairs,
+        claimed, tokens, pairs, layer.hidden, layer.experts, plan.lists, list_pairs,
         plan.max_tiles, zeros, int(t.topk_ids.dtype == torch.int64),
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
@@ -93,14 +94,11 @@ def launches_prefill(
         at["xq"], at["tiles"], at["header"], at["columns"],
         at["x_scale"] if dynamic else pointer(t.w13_input_scale), pointer(t.w2_input_scale),
         at["q"], at["row_scale"], at["inner"], claimed, claimed + 4 * (2 + 2 * steps),
-        layer.top_k, up.ring,
+        layer.top_k, plan.lists, list_pairs, plan.max_tiles, up.ring,
     )  # fmt: skip
-    # With several lists the first is that of all tokens.
-    skipped = int(several)
     down_parameters = _DownParams(
         _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner),
-        at["q"], at["tiles"] + skipped * plan.max_tiles * 16, at["header"] + skipped * 4,
-        at["columns"] + skipped * pairs * 4, at["place"],
+        at["q"], at["tiles"], at["header"], at["columns"], at["place"],
         at["row_scale"] if dynamic else pointer(t.w2_input_scale), t.topk_weights.data_ptr(),
         at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, layer.top_k,
         plan.lists, plan.list_tokens, plan.max_tiles, plan.slices, plan.slice_blocks, down.ring,

@@ -22,14 +22,15 @@ from sglang_w4afp8.kernels.hopper.plan import (
 TILE_TOKENS = 128
 THREADS = 384
 ROUTE_THREADS = 512
+ROUTE_ROWS = 4
+"""Rows of x that a CTA of route quantises."""
 QUEUE = 4
 """Items that a CTA claims ahead."""
 STAGE_BARRIER_BYTES = 32
 BUFFERS = 3
 """Slices of contributions in memory at a time."""
-SLICE_PAIRS = 16_384
-"""Pairs times blocks of 256 outputs of a slice: 8 MB of BF16, so that three slices, the FP8 inputs
-and the weights on their way share 50 MB of L2."""
+SLICE_PAIRS = 32_768
+"""Pairs times blocks of 256 outputs of a slice: 16 MB of BF16."""
 MAX_SLICE_BLOCKS = 8
 MAX_RING = 8
 
@@ -41,7 +42,7 @@ class PrefillPlan:
     Attributes:
         launches: route, up, down.
         max_tiles: room for tiles in a list.
-        lists: runs of tokens that ``down`` works on one after the other.
+        lists: runs of tokens that are sorted by expert on their own.
         list_tokens: tokens of a list; the last may have fewer.
         slices: parts of the outputs.
         slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
@@ -53,11 +54,6 @@ class PrefillPlan:
     list_tokens: int
     slices: int
     slice_blocks: int
-
-    @property
-    def sorts(self) -> int:
-        """Lists that route makes: one of all tokens for up, and down's, if there are several."""
-        return 1 if self.lists == 1 else 1 + self.lists
 
 
 def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
@@ -95,26 +91,23 @@ def plan_prefill(layer: Layer, tokens: int, sms: int, local_share: float = 1.0) 
         sms: multiprocessors.
         local_share: part of the pairs that is expected to name an expert of this rank.
     """
-    pairs = tokens * layer.top_k
     list_tokens = max(16, int(SLICE_PAIRS / local_share) // layer.top_k // 16 * 16)
     lists = -(-tokens // list_tokens)
     list_tokens = min(list_tokens, tokens)
     expected = max(1, int(list_tokens * layer.top_k * local_share))
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // expected))
-    plan = PrefillPlan(
-        launches=(
-            Launch(Kernel("prefill_route.cu", "w4a8_prefill_route"), (0, 1), ROUTE_THREADS),
-            _matrix(layer, sms, True),
-            _matrix(layer, sms, False),
-        ),
-        max_tiles=min(pairs, layer.experts + pairs // TILE_TOKENS),
+    list_pairs = list_tokens * layer.top_k
+    route = Launch(
+        Kernel("prefill_route.cu", "w4a8_prefill_route"),
+        (lists + -(-tokens // ROUTE_ROWS), 1),
+        ROUTE_THREADS,
+    )
+    return PrefillPlan(
+        launches=(route, _matrix(layer, sms, True), _matrix(layer, sms, False)),
+        max_tiles=min(list_pairs, layer.experts + list_pairs // TILE_TOKENS),
         lists=lists,
         list_tokens=list_tokens,
         slices=-(-blocks // slice_blocks),
         slice_blocks=slice_blocks,
-    )
-    route = Launch(plan.launches[0].kernel, (plan.sorts + tokens, 1), ROUTE_THREADS)
-    return PrefillPlan(
-        (route, *plan.launches[1:]), plan.max_tiles, lists, list_tokens, plan.slices, slice_blocks
     )
