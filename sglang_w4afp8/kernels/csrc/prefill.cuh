@@ -33,7 +33,6 @@ constexpr int kQueue = 4;  // items that are claimed ahead
 #ifndef PROBE
 #define PROBE 0
 #endif
-constexpr int kLate = 2;   // halves of tokens in flight before the first is handed over
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
 
@@ -166,45 +165,32 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
   }
 }
 
-// Two warps, `half` 0 and 1: the rows of the item's tokens, every second group of eight each.
-// `row(pair)` is where a pair's K bytes begin.
+// Two warps, `part` 0 and 1: the rows of the item's tokens, every second group of eight each.
+// `row(pair)` is where a pair's K bytes begin. A lane's copies arrive at the barrier when they are
+// there, so nobody waits for them here.
 template <class Row>
 __device__ __forceinline__ void produce_tokens(int k, const int* columns, int list_stride,
-                                               const Queue& queue, const Ring& ring, int half,
+                                               const Queue& queue, const Ring& ring, int part,
                                                Row row) {
   const int lane = threadIdx.x & 31, stages = k / kSpan;
   constexpr int kMine = kTokens / 16;
   Reader reader;
-  Place place, handed;
-  int handed_half = 0, pending = 0;
-  auto hand_over = [&]() {
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(ring.tokens_full(handed.slot, handed_half));
-    if (++handed_half == kHalves) handed_half = 0, handed.advance(ring.size);
-  };
-  auto hand_over_all = [&]() {
-    async_copy_wait<0>();
-    for (; pending > 0; --pending) hand_over();
-  };
+  Place place;
   for (;;) {
-    // Nobody may wait for tokens that wait for the next item: it may be long in coming.
-    if (!__all_sync(0xffffffffu, reader.ready(ring))) hand_over_all();
     const Item item = reader.next(queue, ring);
-    if (item.kind != kMatrix) hand_over_all();
     if (item.kind == kEnd) return;
     if (item.kind != kMatrix) continue;
     const u8* from[kMine];
     const int* list = columns + static_cast<u64>(item.list) * list_stride + item.first;
 #pragma unroll
     for (int j = 0; j < kMine; ++j) {
-      const int c = (2 * j + half) * 8 + (lane & 7);
+      const int c = (2 * j + part) * 8 + (lane & 7);
       from[j] = c < item.count ? row(list[c]) + (lane >> 3) * 16 : nullptr;
     }
     for (int step = 0; step < stages; ++step) {
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       // 8 tokens x 4 pieces of 16 bytes per instruction: conflict-free writes.
-      u32 to = ring.stage(place.slot) + kWeightBytes + kScaleBytes + half * kToken8Stride +
+      u32 to = ring.stage(place.slot) + kWeightBytes + kScaleBytes + part * kToken8Stride +
                (lane >> 3) * 128 + (lane & 7) * 16;
 #pragma unroll
       for (int h = 0; h < kHalves; ++h, to += kTokenBytes) {
@@ -218,13 +204,7 @@ __device__ __forceinline__ void produce_tokens(int k, const int* columns, int li
             }
           }
         }
-        async_copy_commit();
-        if (pending == kLate) {
-          async_copy_wait<kLate>();
-          hand_over();
-        } else {
-          ++pending;
-        }
+        async_copy_arrive(ring.tokens_full(place.slot, h));
       }
       place.advance(ring.size);
     }
@@ -293,6 +273,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
     const u64 b = token_descriptor(stage + kWeightBytes + kScaleBytes + half * kTokenBytes,
                                    kToken8Stride);
     barrier_wait(ring.tokens_full(place.slot, half), place.phase);
+    fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
 #pragma unroll
     for (int at = 0; at < kParts; ++at) {
       const int tile = at % kPerWg, group = at / kPerWg;
@@ -368,7 +349,7 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < size; ++i) {
       barrier_init(ring.weights_full(i), 1);
-      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 2);
+      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 64);
       barrier_init(ring.empty(i), kConsumers / 32);
     }
     for (int i = 0; i < kQueue; ++i) {
