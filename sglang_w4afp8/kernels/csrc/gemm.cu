@@ -3,6 +3,7 @@
 // W4_UP=1: gate and up rows of w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 // W4_UP=0: w2 times those, one BF16 row per (token, expert) pair.
 // W4_K, W4_TILES, W4_TOKENS, W4_GROUP, W4_MINUS_EIGHT: Shape in tile_math.cuh.
+// W4_ROW_SCALES=1, up only: see row_scales.cuh.
 //
 // A work unit is (tile of tokens, block of 2 * W4_TILES row tiles); its stages run along K. The
 // stages of all units form one list and each CTA takes an equal run of it (W4_UP=0: whole units).
@@ -19,7 +20,12 @@ constexpr int kBlockTiles = 2 * S::kTiles;
 constexpr int kWeightBytes = kBlockTiles * S::kTileBytes;
 constexpr int kScaleBytes = kBlockTiles * S::kTileScaleBytes;
 constexpr int kTokenBytes = S::kTokens * S::kK;
+#if W4_ROW_SCALES
+constexpr int kRowScalesAt = kWeightBytes + kScaleBytes + kTokenBytes;
+constexpr int kStageBytes = kRowScalesAt + RowScales<S>::kBytes;
+#else
 constexpr int kStageBytes = kWeightBytes + kScaleBytes + kTokenBytes;
+#endif
 constexpr int kToken8Stride = S::kK * 8;
 constexpr int kColumns = S::kAcc / 2;  // columns of which a thread holds results
 constexpr int kCtasPerSm = S::kTokens <= 16 ? 2 : 1;
@@ -41,6 +47,11 @@ struct GemmParams {
   Join join;               // up: units cut by a run's end
   u32* tile_count;         // up, dynamic: (tiles), zero between launches
   int rows, k, blocks, top_k, ring, dynamic, pairs, experts, ids_are_64;
+#if W4_ROW_SCALES
+  // Row r of b is row r % slots of expert r / slots; strides in numbers.
+  const float* row_scale;
+  int slots, scale_expert, scale_slot, scale_span;
+#endif
 };
 
 struct Work {
@@ -78,6 +89,9 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
   __syncwarp();
   pdl_wait();
 
+#if W4_ROW_SCALES
+  int scale_row[RowScales<S>::kRows];
+#endif
   const u8* row[S::kTokens / 8];
   bool used[S::kTokens / 8];
   int tile = -1, slot = 0;
@@ -93,6 +107,9 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
         row[j] = p.b + static_cast<u64>(kUp ? max(pair, 0) / p.top_k : max(pair, 0)) * p.k +
                  (lane >> 3) * 16;
       }
+#if W4_ROW_SCALES
+      RowScales<S>::find(p, tile, scale_row);
+#endif
     }
     const u32 full = bars + slot * 16;
     if (n - work.first >= early) {
@@ -112,6 +129,9 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
         }
       }
     }
+#if W4_ROW_SCALES
+    RowScales<S>::copy(p, scale_row, step, ring + slot * kStageBytes + kRowScalesAt);
+#endif
     async_copy_commit();
     // The stage before is handed over now that its tokens are there. Its writer, not its readers,
     // makes them visible to the matrix unit: they would do it with their stores in flight.
@@ -141,7 +161,11 @@ __device__ __forceinline__ void finish_up(const GemmParams& p, float (&acc)[S::k
   for (int c = 0; c < kColumns; ++c) {
     if (pair[c] < 0) continue;
     const int i = (c >> 1) * 4 + (c & 1);
+#if W4_ROW_SCALES
+    const float scale = 512.0f;
+#else
     const float scale = p.dynamic ? p.b_scale[pair[c] / p.top_k] * 512.0f : b_scale;
+#endif
     const float v = silu_mul(acc[i] * scale, acc[i + 2] * scale);
     const u64 at = static_cast<u64>(pair[c]) * width + f;
     if (p.dynamic) {
@@ -200,7 +224,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
   const u32 w_at = group * S::kTiles * S::kTileBytes + thread * 16;
   const u32 s_at = kWeightBytes + group * S::kTiles * S::kTileScaleBytes +
                    ((thread >> 5) * 8 + (lane >> 2)) * 4;
+#if W4_ROW_SCALES
+  const float b_scale = 0.0f;
+#else
   const float b_scale = p.dynamic ? 0.0f : *p.b_scale * 512.0f;
+#endif
   const float q_scale = p.dynamic || !kUp ? 1.0f : *p.q_scale;
   pdl_wait();
   if (kUp) pdl_trigger();
@@ -240,7 +268,11 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
       const u32 full = bars + slot * 16, stage = ring + slot * kStageBytes;
       barrier_wait(full, phase);
       stage_math<S>(acc, stage + w_at, stage + s_at,
-                    token_descriptor(stage + kWeightBytes + kScaleBytes, kToken8Stride), 0, finish);
+                    token_descriptor(stage + kWeightBytes + kScaleBytes, kToken8Stride), 0, finish
+#if W4_ROW_SCALES
+                    , stage + kRowScalesAt + (lane & 3) * 8
+#endif
+      );
       __syncwarp();
       if (lane == 0) barrier_arrive(full + 8);
       if (++slot == p.ring) slot = 0, phase ^= 1;

@@ -3,7 +3,7 @@
 // Block 0 sorts the (token, k) pairs by expert, in pair order inside an expert, so that the result
 // does not depend on timing; each expert's pairs fill tiles of `tile_tokens` columns. The other
 // blocks quantise one row of x each.
-#include "primitives.cuh"
+#include "quantize.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
@@ -144,33 +144,6 @@ __device__ void sort_any(const RouteParams& p, int (*counts)[kMaxExperts], int* 
   });
 }
 
-__device__ void quantize_row(const RouteParams& p, int token, float* amaxes) {
-  const int tid = threadIdx.x;
-  const u16* row = p.x + static_cast<u64>(token) * p.hidden;
-  float scale;
-  if (p.a_scale != nullptr) {
-    scale = *p.a_scale;
-  } else {
-    float amax = 0.0f;
-    for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
-      amax = largest8(amax, *reinterpret_cast<const uint4*>(row + k));
-    }
-    for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-    if ((tid & 31) == 0) amaxes[tid >> 5] = amax;
-    __syncthreads();
-    for (int w = 0; w < kWarps; ++w) amax = fmaxf(amax, amaxes[w]);
-    scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
-  }
-  if (tid == 0) p.x_scale[token] = scale;
-  u8* out = p.xq + static_cast<u64>(token) * p.hidden;
-  const float inverse = __frcp_rn(scale);
-#pragma unroll 2
-  for (int k = tid * 8; k < p.hidden; k += kThreads * 8) {
-    *reinterpret_cast<uint2*>(out + k) =
-        quantize8(*reinterpret_cast<const uint4*>(row + k), scale, inverse);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     w4a8_route(const __grid_constant__ RouteParams p) {
   __shared__ __align__(16) int counts[kWarps][kMaxExperts];
@@ -187,6 +160,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) p.header[1] = !distinct;
     if (!distinct) sort_any(p, counts, sums);
   } else {
-    quantize_row(p, blockIdx.x - 1, reinterpret_cast<float*>(sums));
+    quantize_token<kThreads>(p, blockIdx.x - 1, reinterpret_cast<float*>(sums));
   }
 }

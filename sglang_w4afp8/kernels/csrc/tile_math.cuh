@@ -5,6 +5,9 @@
 // 64 BF16 scales as pairs of rows (r, r + 8).
 #pragma once
 #include "mma.cuh"
+#if W4_ROW_SCALES
+#include "row_scales.cuh"
+#endif
 
 // kRestart: each row tile's sum is complete after the stage; else there is one row tile and its
 // sum goes on from stage to stage.
@@ -69,10 +72,14 @@ __device__ __forceinline__ void add_scaled(float (&acc)[S::kAcc], float (&part)[
 
 // One stage of one warpgroup. `w`: this thread's 16 bytes of block 0; `s`: this thread's scale pair
 // of group 0; `b`: descriptor of the tokens of row tile 0, `b_step` further for each row tile.
-// With kRestart `finish(tile, acc)` is called for each row tile.
+// With kRestart `finish(tile, acc)` is called for each row tile. `t`: see row_scales.cuh.
 template <class S, class Finish>
 __device__ __forceinline__ void stage_math(float (&acc)[S::kAcc], u32 w, u32 s, u64 b,
-                                           u32 b_step, Finish finish) {
+                                           u32 b_step, Finish finish
+#if W4_ROW_SCALES
+                                           , u32 t
+#endif
+) {
   constexpr int kItems = S::kTiles * S::kGroups;
   // Two groups in flight hide the wgmma latency; 64 columns leave no registers for the second.
   constexpr bool kPairs = S::kTokens <= 32 && kItems > 1;
@@ -84,6 +91,9 @@ __device__ __forceinline__ void stage_math(float (&acc)[S::kAcc], u32 w, u32 s, 
   auto end = [&](float(&part)[S::kAcc], u32 scales, int item) {
     const int tile = item / S::kGroups, group = item % S::kGroups;
     pin(part);
+#if W4_ROW_SCALES
+    scale_tokens<S>(part, t, group);
+#endif
     add_scaled<S>(acc, part, scales, S::kRestart && group == 0);
     if (S::kRestart && group == S::kGroups - 1) finish(tile, acc);
   };

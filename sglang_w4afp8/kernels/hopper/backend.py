@@ -13,8 +13,9 @@ import torch
 
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.base import MoEProblem, MoEWeights
-from sglang_w4afp8.kernels.hopper import build, driver, launch, plan, tables
+from sglang_w4afp8.kernels.hopper import build, driver, launch, launch_rows, plan, tables
 from sglang_w4afp8.kernels.hopper.layout import pad_to_tiles, shuffle_in_place
+from sglang_w4afp8.kernels.hopper.plan_rows import row_kernels
 from sglang_w4afp8.packing import has_minus_eight
 from sglang_w4afp8.spec import ActivationScheme
 
@@ -47,8 +48,6 @@ class HopperBackend:
             return f"{problem.dtype} hidden states (bfloat16 is built)"
         if problem.activation != "silu":
             return f"activation {problem.activation!r} is not implemented (silu is)"
-        if problem.dispatched:
-            return "rows of a token dispatcher (DeepEP) are not implemented"
         if problem.apply_router_weight_on_input:
             return "router weights on the input are not implemented"
         if problem.scheme not in _SCHEMES:
@@ -88,7 +87,10 @@ class HopperBackend:
             counters = launch.new_counters(weights.w13.device)
             # A graph capture must find the kernels loaded.
             properties = torch.cuda.get_device_properties(weights.w13.device)
-            needed = plan.kernels(replace(sizes, limits=limits), properties.multi_processor_count)
+            sms = properties.multi_processor_count
+            needed = plan.kernels(replace(sizes, limits=limits), sms)
+            if problem.dispatched:
+                needed = tuple(dict.fromkeys((*needed, *row_kernels(sizes, sms))))
             build.build_all(needed)
             with torch.cuda.device(weights.w13.device):
                 for kernel in needed:
@@ -109,6 +111,7 @@ class HopperBackend:
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
         routed_scaling_factor: float,
+        x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :meth:`sglang_w4afp8.kernels.base.MoEBackend.run`."""
         static = problem.scheme is ActivationScheme.STATIC
@@ -126,8 +129,36 @@ class HopperBackend:
             weights.state.counters,
             weights.state.limits,
             routed_scaling_factor,
+            x_scale,
         )
         return out[:, : x.shape[1]].contiguous() if filled else out
+
+    def run_masked(
+        self,
+        problem: MoEProblem,
+        weights: MoEWeights,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        masked_m: torch.Tensor,
+        expected_m: int,
+    ) -> torch.Tensor:
+        """See :meth:`sglang_w4afp8.kernels.base.MoEBackend.run_masked`."""
+        static = problem.scheme is ActivationScheme.STATIC
+        filled = weights.hidden_size - rows.shape[2]
+        out = hopper_moe_slots(
+            torch.nn.functional.pad(rows, (0, filled)) if filled else rows,
+            row_scale,
+            masked_m,
+            weights.w13,
+            weights.w13_scale,
+            weights.w2,
+            weights.w2_scale,
+            weights.w13_input_scale if static else None,
+            weights.w2_input_scale if static else None,
+            weights.state.counters,
+            expected_m,
+        )
+        return out[..., : rows.shape[2]].contiguous() if filled else out
 
 
 def _as_bf16(scale: torch.Tensor) -> torch.Tensor:
@@ -182,6 +213,7 @@ def hopper_moe(
     counters: torch.Tensor,
     limits: list[int],
     routed_scaling_factor: float,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One MoE layer; arguments as in :class:`sglang_w4afp8.kernels.hopper.launch.Tensors`.
 
@@ -215,6 +247,7 @@ def hopper_moe(
         w13_input_scale,
         w2_input_scale,
         counters,
+        x_scale,
     )
     with torch.cuda.device(x.device):
         return launch.run(layer, tensors, routed_scaling_factor)
@@ -234,5 +267,60 @@ def _(
     counters: torch.Tensor,
     limits: list[int],
     routed_scaling_factor: float,
+    x_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("sglang_w4afp8::hopper_moe_slots", mutates_args=())
+def hopper_moe_slots(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor | None,
+    w2_input_scale: torch.Tensor | None,
+    counters: torch.Tensor,
+    expected_m: int,
+) -> torch.Tensor:
+    """Each expert on its rows; arguments as in the class ``Slots`` of ``launch_rows``.
+
+    Returns:
+        ``(E, M, hidden)`` bfloat16, undefined behind ``masked_m``.
+    """
+    minus_eight, dynamic = w13.dtype is torch.uint8, w13_input_scale is None
+    layer = layer_of(w13, w2, w13_scale, w2_scale, 1, minus_eight, dynamic)
+    slots = launch_rows.Slots(
+        rows.contiguous(),
+        row_scale,
+        masked_m.to(torch.int32).contiguous(),
+        w13,
+        w13_scale,
+        w2,
+        w2_scale,
+        w13_input_scale,
+        w2_input_scale,
+        counters,
+    )
+    with torch.cuda.device(rows.device):
+        return launch_rows.run_slots(layer, slots, expected_m)
+
+
+@hopper_moe_slots.register_fake
+def _(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    masked_m: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor | None,
+    w2_input_scale: torch.Tensor | None,
+    counters: torch.Tensor,
+    expected_m: int,
+) -> torch.Tensor:
+    return rows.new_empty(rows.shape, dtype=torch.bfloat16)

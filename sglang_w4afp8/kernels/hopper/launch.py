@@ -28,7 +28,7 @@ from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
-class _Join(ctypes.Structure):
+class Join(ctypes.Structure):
     """``Join`` in units.cuh."""
 
     _fields_ = (("partial", _P), ("ready", _P), ("stages_per_unit", _I))
@@ -42,7 +42,7 @@ class _Batch(ctypes.Structure):
     )  # fmt: skip
 
 
-class _RouteParams(ctypes.Structure):
+class RouteParams(ctypes.Structure):
     """``RouteParams`` in route.cu."""
 
     _fields_ = (
@@ -52,19 +52,19 @@ class _RouteParams(ctypes.Structure):
     )  # fmt: skip
 
 
-class _GemmParams(ctypes.Structure):
+class GemmParams(ctypes.Structure):
     """``GemmParams`` in gemm.cu."""
 
     _fields_ = (
         ("w", _P), ("scales", _P), ("b", _P), ("ids", _P), ("header", _P), ("tile_expert", _P),
         ("columns", _P), ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P),
-        ("inner", _P), ("y", _P), ("join", _Join), ("tile_count", _P), ("rows", _I), ("k", _I),
+        ("inner", _P), ("y", _P), ("join", Join), ("tile_count", _P), ("rows", _I), ("k", _I),
         ("blocks", _I), ("top_k", _I), ("ring", _I), ("dynamic", _I), ("pairs", _I),
         ("experts", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
 
-class _CombineParams(ctypes.Structure):
+class CombineParams(ctypes.Structure):
     """``CombineParams`` in combine.cu."""
 
     _fields_ = (
@@ -89,7 +89,7 @@ class _SmallUpParams(ctypes.Structure):
 
     _fields_ = (
         ("w", _P), ("scales", _P), ("x", _P), ("a_scale", _P), ("q_scale", _P), ("q", _P),
-        ("q_row_scale", _P), ("inner", _P), ("join", _Join), ("slot_count", _P),
+        ("q_row_scale", _P), ("inner", _P), ("join", Join), ("slot_count", _P),
         ("batch", _Batch), ("rows", _I), ("k", _I), ("blocks", _I), ("ring", _I),
         ("dynamic", _I),
     )  # fmt: skip
@@ -119,6 +119,7 @@ class Tensors:
         w13_input_scale: ``(1,)`` float32, or None for per-token scales.
         w2_input_scale: likewise.
         counters: what :func:`new_counters` made for this layer.
+        x_scale: ``(M, hidden/128)`` float32 of any strides, for ``x`` in float8_e4m3fn.
     """
 
     x: torch.Tensor
@@ -131,6 +132,7 @@ class Tensors:
     w13_input_scale: torch.Tensor | None
     w2_input_scale: torch.Tensor | None
     counters: torch.Tensor
+    x_scale: torch.Tensor | None = None
 
 
 class Workspace:
@@ -160,13 +162,15 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _counters(t: Tensors, up: Launch, chosen: Plan) -> int:
+def counters_at(counters: torch.Tensor, up: Launch, chosen: Plan) -> int:
+    """The address of a layer's counters, of which a call of this plan needs no more than it has."""
     needed = up.grid[0] * 2 + chosen.tiles
-    assert needed <= t.counters.numel(), f"{needed} counters of {t.counters.numel()}"
-    return t.counters.data_ptr()
+    assert needed <= counters.numel(), f"{needed} counters of {counters.numel()}"
+    return counters.data_ptr()
 
 
-def _partial_bytes(launch: Launch) -> int:
+def partial_bytes(launch: Launch) -> int:
+    """Room for the sums that the CTAs of gate and up hand to each other."""
     # 2 warpgroups of a CTA, columns / 2 accumulators, 128 threads, FP32
     return launch.grid[0] * 2 * (launch.tokens // 2) * 128 * 4
 
@@ -191,6 +195,10 @@ def launches(
     """
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
+    if t.x_scale is not None:
+        from sglang_w4afp8.kernels.hopper.launch_rows import launches_tokens
+
+        return launches_tokens(layer, t, out, factor, sms)
     if takes_prefill(layer, t.x.shape[0], path):
         from sglang_w4afp8.kernels.hopper.launch_prefill import launches_prefill
 
@@ -222,15 +230,21 @@ def run(layer: Layer, t: Tensors, factor: float, path: str | None = None) -> tor
 
     More tokens than a call has counters for are worked off in several.
     """
-    out = torch.empty_like(t.x)
     device = t.x.device
+    out = torch.empty(t.x.shape, dtype=torch.bfloat16, device=device)
     most = most_tokens(layer, torch.cuda.get_device_properties(device).multi_processor_count)
     if 0 < t.x.shape[0] <= most:
         start(launches(layer, t, out, factor, path), device, first_depends=True)
         return out
     for first in range(0, t.x.shape[0], most):
         rows = slice(first, first + most)
-        part = replace(t, x=t.x[rows], topk_weights=t.topk_weights[rows], topk_ids=t.topk_ids[rows])
+        part = replace(
+            t,
+            x=t.x[rows],
+            topk_weights=t.topk_weights[rows],
+            topk_ids=t.topk_ids[rows],
+            x_scale=None if t.x_scale is None else t.x_scale[rows],
+        )
         start(launches(layer, part, out[rows], factor, path), device, first_depends=True)
     return out
 
@@ -246,10 +260,10 @@ def _small(
             "q": rows * layer.inner,
             "row_scale": rows * 4,
             "inner": rows * layer.inner * 4 if layer.dynamic else 0,
-            "partial": _partial_bytes(up),
+            "partial": partial_bytes(up),
         },
     )
-    counts = _counters(t, up, chosen)
+    counts = counters_at(t.counters, up, chosen)
     at = space.at
     batch = _Batch(
         t.topk_ids.data_ptr(),
@@ -261,7 +275,7 @@ def _small(
     up_parameters = _SmallUpParams(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), t.x.data_ptr(), pointer(t.w13_input_scale),
         pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"],
-        _Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
+        Join(at["partial"], counts, layer.up.stages_per_unit), counts + up.grid[0] * 8, batch,
         2 * layer.inner, layer.hidden, layer.up.blocks, up.ring, int(layer.dynamic),
     )  # fmt: skip
     down_parameters = _SmallDownParams(
@@ -293,19 +307,19 @@ def _large(
             "row_scale": pairs * 4,
             "inner": pairs * layer.inner * 4 if layer.dynamic else 0,
             "y": pairs * layer.hidden * 2 if chosen.path == "large" else 0,
-            "partial": _partial_bytes(up),
+            "partial": partial_bytes(up),
         },
     )
-    counts = _counters(t, up, chosen)
+    counts = counters_at(t.counters, up, chosen)
     at = space.at
     lists = (at["header"], at["tile_expert"], at["columns"])
-    join = _Join(at["partial"], counts, layer.up.stages_per_unit)
+    join = Join(at["partial"], counts, layer.up.stages_per_unit)
     dynamic = int(layer.dynamic)
-    route_parameters = _RouteParams(
+    route_parameters = RouteParams(
         t.x.data_ptr(), ids, at["xq"], at["x_scale"], pointer(t.w13_input_scale), *lists, pairs,
         layer.top_k, layer.hidden, layer.experts, up.tokens, ids_are_64,
     )  # fmt: skip
-    up_parameters = _GemmParams(
+    up_parameters = GemmParams(
         t.w13.data_ptr(), t.w13_scale.data_ptr(), at["xq"], ids, *lists,
         at["x_scale"] if dynamic else pointer(t.w13_input_scale), pointer(t.w2_input_scale),
         at["q"], at["row_scale"], at["inner"], None, join, counts + up.grid[0] * 8,
@@ -322,14 +336,14 @@ def _large(
             chosen.tiles, down.ring, dynamic,
         )  # fmt: skip
         return [*work, (down, own_parameters)]
-    down_join = _Join(None, None, layer.down.stages_per_unit)
-    down_parameters = _GemmParams(
+    down_join = Join(None, None, layer.down.stages_per_unit)
+    down_parameters = GemmParams(
         t.w2.data_ptr(), t.w2_scale.data_ptr(), at["q"], ids, *lists,
         row_scale, None, None, None, None,
         at["y"], down_join, None, layer.hidden, layer.inner, layer.down.blocks, layer.top_k,
         down.ring, dynamic, pairs, layer.experts, ids_are_64,
     )  # fmt: skip
-    combine_parameters = _CombineParams(
+    combine_parameters = CombineParams(
         at["y"], t.topk_weights.data_ptr(), ids, out.data_ptr(), factor, layer.hidden,
         layer.top_k, layer.experts, ids_are_64,
     )  # fmt: skip

@@ -178,13 +178,15 @@ def stage_bytes(shape: StageShape, group: int, token_bytes: int) -> int:
     return rows * shape.stage_k // 2 + rows * (shape.stage_k // group) * 2 + token_bytes
 
 
-def _tile_tokens(layer: Layer, tokens: int) -> int:
+def tile_tokens(mean: float) -> int:
     """Columns per tile: wide enough that few experts need a second tile, which reads weights again.
 
     With routing spread evenly the tokens of an expert are about Poisson; at the thresholds about
     one expert in fifty overflows.
+
+    Args:
+        mean: tokens of an expert.
     """
-    mean = tokens * layer.top_k / layer.experts
     for size, most in zip(TILE_TOKENS[:-1], (4.0, 9.0, 22.0), strict=True):
         if mean <= most:
             return size
@@ -279,18 +281,27 @@ def takes_prefill(layer: Layer, tokens: int, path: str | None = None) -> bool:
     return path == "prefill" or beyond
 
 
-def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
-    """``medium`` if ``own_down`` is wanted and can hold the batch, else ``large``."""
-    columns = _tile_tokens(layer, tokens)
+def gemm_launches(layer: Layer, columns: int, sms: int, row_scales: bool = False) -> list[Launch]:
+    """gemm.cu for gate and up, and for down.
+
+    Args:
+        layer: the sizes.
+        columns: of a tile.
+        sms: multiprocessors.
+        row_scales: tokens of gate and up bring a scale per 128 columns.
+    """
     # The register files hold two CTAs of the narrow kernels.
     per_sm = 2 if columns <= 16 else 1
     most = min(CTA_SHARED_BYTES, SM_SHARED_BYTES // per_sm - 1024) - STATIC_BYTES
     matrix = []
     for up in (True, False):
         shape = layer.up if up else layer.down
-        stage = stage_bytes(
-            shape, layer.group if up else layer.inner_group, columns * shape.stage_k
-        )
+        token_bytes = columns * shape.stage_k
+        scaled = {"W4_ROW_SCALES": 1} if up and row_scales else {}
+        if scaled:
+            spans = shape.stage_k // (64 if shape.stage_k % 128 else 128)
+            token_bytes += -(-spans * columns * 4 // 128) * 128
+        stage = stage_bytes(shape, layer.group if up else layer.inner_group, token_bytes)
         ring = min(5 if per_sm == 2 else 8, most // (stage + BARRIER_BYTES))
         kernel = _matrix_kernel(
             layer,
@@ -300,27 +311,29 @@ def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
             columns,
             W4_UP=int(up),
             W4_TILES=shape.tiles,
+            **scaled,
         )
         shared = ring * (stage + BARRIER_BYTES)
         matrix.append(Launch(kernel, (sms * per_sm, 1), THREADS, shared, ring, columns))
+    return matrix
+
+
+def combine_launch(layer: Layer, tokens: int) -> Launch:
+    """combine.cu."""
+    return Launch(COMBINE, (tokens, -(-layer.hidden // (COMBINE_THREADS * 8))), COMBINE_THREADS)
+
+
+def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
+    """``medium`` if ``own_down`` is wanted and can hold the batch, else ``large``."""
+    columns = tile_tokens(tokens * layer.top_k / layer.experts)
+    matrix = gemm_launches(layer, columns, sms)
     pairs = tokens * layer.top_k
     tiles = min(pairs, layer.experts + pairs // columns)
     route = Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS)
     own = _own_down(layer, tokens, columns, tiles) if own_down else None
     if own is not None:
-        return Plan(
-            "medium", (Launch(ROUTE, (tokens + 1, 1), ROUTE_THREADS), matrix[0], own), tiles
-        )
-    vectors = -(-layer.hidden // (COMBINE_THREADS * 8))
-    return Plan(
-        "large",
-        (
-            route,
-            *matrix,
-            Launch(COMBINE, (tokens, vectors), COMBINE_THREADS),
-        ),
-        tiles,
-    )
+        return Plan("medium", (route, matrix[0], own), tiles)
+    return Plan("large", (route, *matrix, combine_launch(layer, tokens)), tiles)
 
 
 def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
