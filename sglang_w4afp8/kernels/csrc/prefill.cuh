@@ -25,8 +25,15 @@ constexpr int kTileScaleBytes = kSpan / kGroup * 128;
 constexpr int kWeightBytes = kRowTiles * kTileBytes;
 constexpr int kScaleBytes = kRowTiles * kTileScaleBytes;
 constexpr int kTokenBytes = kTokens * kK;             // of a half
-constexpr int kStageBytes = kWeightBytes + kScaleBytes + kHalves * kTokenBytes;
-constexpr int kToken8Stride = kK * 8;
+// Tokens lie in panels of 128 or 64 columns, a row of 128 or 64 bytes for each token, swizzled as the
+// matrix unit knows it: 16-byte piece p of row r is at p ^ (r % 8), or p ^ (r / 2 % 4). Eight lanes
+// copy a row (or two) at a time, whole lines of memory, without bank conflicts.
+constexpr int kPanel = kK == 128 ? 128 : 64;
+constexpr int kPieces = kPanel / 16;
+constexpr int kRowsAtOnce = 32 / kPieces;
+constexpr int kStageBytes =
+    (kHalves * kTokenBytes + kWeightBytes + kScaleBytes + 1023) / 1024 * 1024;
+constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
 constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kQueue = 4;  // items that are claimed ahead
@@ -124,6 +131,8 @@ struct Reader {
   }
 };
 
+constexpr u32 kNoRow = 0xffffffffu;
+
 // ---- producers -----------------------------------------------------------------------------------
 // One warp: weights and scales, by one lane each for every block of the layout.
 __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& queue,
@@ -136,7 +145,7 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
   const int first = (is_scale ? lane - kCopies : lane) * kTogether;
   const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
   const u32 tile_bytes = is_scale ? kTileScaleBytes : kTileBytes;
-  const u32 to = is_scale ? kWeightBytes + first * kTileScaleBytes : first * kTileBytes;
+  const u32 to = is_scale ? kScalesAt + first * kTileScaleBytes : kWeightsAt + first * kTileBytes;
   Reader reader;
   Place place;
   for (;;) {
@@ -165,44 +174,46 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
   }
 }
 
-// Two warps, `part` 0 and 1: the rows of the item's tokens, every second group of eight each.
-// `row(pair)` is where a pair's K bytes begin. A lane's copies arrive at the barrier when they are
-// there, so nobody waits for them here.
+// Two warps, `part` 0 and 1: the rows of the item's tokens. `row(pair)` is the number of the row of
+// `b` (k bytes) that a pair reads. A lane's copies arrive at the barrier when they are there, so
+// nobody waits for them here.
 template <class Row>
-__device__ __forceinline__ void produce_tokens(int k, const int* columns, int list_stride,
-                                               const Queue& queue, const Ring& ring, int part,
-                                               Row row) {
+__device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* columns,
+                                               int list_stride, const Queue& queue,
+                                               const Ring& ring, int part, Row row) {
   const int lane = threadIdx.x & 31, stages = k / kSpan;
-  constexpr int kMine = kTokens / 16;
+  constexpr int kMine = kTokens / 2 / kRowsAtOnce;
+  const int piece = lane % kPieces, first = part * kRowsAtOnce + lane / kPieces;
+  const int swizzled = piece ^ (kPanel == 128 ? first % 8 : first / 2 % 4);
+  const u32 to_lane = first * kPanel + swizzled * 16;
   Reader reader;
   Place place;
   for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
     if (item.kind != kMatrix) continue;
-    const u8* from[kMine];
+    u32 from[kMine];  // where rows begin, in units of 16 bytes: one multiplication gives an address
     const int* list = columns + static_cast<u64>(item.list) * list_stride + item.first;
 #pragma unroll
     for (int j = 0; j < kMine; ++j) {
-      const int c = (2 * j + part) * 8 + (lane & 7);
-      from[j] = c < item.count ? row(list[c]) + (lane >> 3) * 16 : nullptr;
+      const int c = j * 2 * kRowsAtOnce + first;
+      from[j] = c < item.count ? row(list[c]) * (k / 16) : kNoRow;
     }
+    const u8* at = b + piece * 16;
     for (int step = 0; step < stages; ++step) {
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      // 8 tokens x 4 pieces of 16 bytes per instruction: conflict-free writes.
-      u32 to = ring.stage(place.slot) + kWeightBytes + kScaleBytes + part * kToken8Stride +
-               (lane >> 3) * 128 + (lane & 7) * 16;
+      u32 to = ring.stage(place.slot) + to_lane;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h, to += kTokenBytes) {
+      for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-        for (int j = 0; j < kMine; ++j) {
-          if (from[j] != nullptr && !(PROBE & 1)) {
+        for (int panel = 0; panel < kK / kPanel; ++panel) {
 #pragma unroll
-            for (int i = 0; i < kK / 64; ++i) {
-              async_copy16(to + 2 * j * kToken8Stride + i * 512,
-                           from[j] + step * kSpan + h * kK + i * 64);
+          for (int j = 0; j < kMine; ++j) {
+            if (from[j] != kNoRow && !(PROBE & 1)) {
+              async_copy16(to + j * 2 * kRowsAtOnce * kPanel, at + static_cast<u64>(from[j]) * 16);
             }
           }
+          to += kTokens * kPanel, at += kPanel;
         }
         async_copy_arrive(ring.tokens_full(place.slot, h));
       }
@@ -242,6 +253,17 @@ __device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int til
   }
 }
 
+// Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.
+__device__ __forceinline__ u64 panel_descriptor(u32 address) {
+  constexpr u64 kSwizzle = kPanel == 128 ? 1 : 2;
+  return static_cast<u64>((address & 0x3ffffu) >> 4) | (1ull << 16) |
+         (static_cast<u64>(8 * kPanel >> 4) << 32) | (kSwizzle << 62);
+}
+// How much further in a half the j-th 32 columns are, in a descriptor's units of 16 bytes.
+__device__ __forceinline__ constexpr u64 column_step(int j) {
+  return (j * 32 / kPanel * (kTokens * kPanel) + j * 32 % kPanel) / 16;
+}
+
 // acc[t] = row tile t of this warpgroup times kN tokens, over all of K. While the matrix unit works
 // on one scale group the next one's codes are loaded and decoded.
 template <int kN>
@@ -250,8 +272,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
   const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
   constexpr int kParts = kPerWg * kGroups;  // of a half
-  const u32 w_at = wg * kPerWg * kTileBytes + thread * 16;
-  const u32 s_at = kWeightBytes + wg * kPerWg * kTileScaleBytes +
+  const u32 w_at = kWeightsAt + wg * kPerWg * kTileBytes + thread * 16;
+  const u32 s_at = kScalesAt + wg * kPerWg * kTileScaleBytes +
                    ((thread >> 5) * 8 + (lane >> 2)) * 4;
 #pragma unroll
   for (int t = 0; t < kPerWg; ++t) {
@@ -269,9 +291,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
     const bool last_half = half == kHalves - 1;
     const u32 empty = ring.empty(place.slot);
     const u32 codes = stage + half * (kK * 32), scales = stage + half * (kGroups * 128);
-    // 32 columns of K are two core matrices, 256 bytes, 16 units of a descriptor's address.
-    const u64 b = token_descriptor(stage + kWeightBytes + kScaleBytes + half * kTokenBytes,
-                                   kToken8Stride);
+    const u64 b = panel_descriptor(stage + half * kTokenBytes);
     barrier_wait(ring.tokens_full(place.slot, half), place.phase);
     fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
 #pragma unroll
@@ -286,7 +306,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         Mma<kN>::issue(part, now.a[4 * j], now.a[4 * j + 1], now.a[4 * j + 2], now.a[4 * j + 3],
-                       b + (group * kSteps + j) * 16, j);
+                       b + column_step(group * kSteps + j), j);
       }
       mma_commit();
       if (PROBE & 16) asm volatile("bar.arrive %0, 256;" ::"r"(5 - wg) : "memory");
@@ -342,7 +362,7 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
 // ---- set-up --------------------------------------------------------------------------------------
 __device__ __forceinline__ Ring make_ring(u8* shared, int size) {
   Ring ring;
-  ring.stages = smem_address(shared);
+  ring.stages = (smem_address(shared) + 1023) & ~1023u;  // swizzled rows repeat after 1 KB
   ring.bars = ring.stages + size * kStageBytes;
   ring.queue_bars = ring.bars + size * kBars;
   ring.size = size;

@@ -160,7 +160,7 @@ struct DownBody {
     for (int i = 0; i < kN / 2; i += 4) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (i * 2 + e >= left) continue;
+        if (i * 2 + e >= left || (PROBE & 32)) continue;
         float scale = b_scale;
         if constexpr (W4_DYNAMIC != 0) {
           const int c = i * 2 + (lane & 3) * 2 + e;
@@ -274,8 +274,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       Order order{p};
       claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
     } else {
-      produce_tokens(p.weights.k, p.columns, p.list_tokens * p.top_k, queue, ring, warp - 2,
-                     [&](int pair) { return p.b + static_cast<u64>(pair) * p.weights.k; });
+      produce_tokens(p.b, p.weights.k, p.columns, p.list_tokens * p.top_k, queue, ring, warp - 2,
+                     [](int pair) { return static_cast<u32>(pair); });
     }
     return;
   }

@@ -153,9 +153,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       Order order{p};
       claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
     } else {
-      produce_tokens(p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2, [&](int pair) {
-        return p.b + static_cast<u64>(pair / p.top_k) * p.weights.k;
-      });
+      produce_tokens(p.b, p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2,
+                     [&](int pair) { return static_cast<u32>(pair / p.top_k); });
     }
     return;
   }

@@ -27,6 +27,8 @@ ROUTE_ROWS = 4
 QUEUE = 4
 """Items that a CTA claims ahead."""
 STAGE_BARRIER_BYTES = 32
+ALIGNMENT = 1024
+"""Of a stage: the swizzle of its tokens repeats after so many bytes."""
 BUFFERS = 3
 """Slices of contributions in memory at a time."""
 SLICE_PAIRS = 32_768
@@ -63,8 +65,8 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
     per_wg = 2 if not up or row_tiles % 4 == 0 or row_tiles > 12 else 1
     k = shape.stage_k
     weights = 2 * per_wg * (k * 32 + k // group * 128)
-    stage = weights + TILE_TOKENS * k + STAGE_BARRIER_BYTES
-    static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024
+    stage = -(-(weights + TILE_TOKENS * k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
+    static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024 + ALIGNMENT
     ring = min(MAX_RING, (CTA_SHARED_BYTES - static - QUEUE * BARRIER_BYTES) // stage)
     kernel = Kernel(
         "prefill_up.cu" if up else "prefill_down.cu",
@@ -78,7 +80,7 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
             ("W4_DYNAMIC", int(layer.dynamic)),
         ),
     )
-    shared = ring * stage + QUEUE * BARRIER_BYTES
+    shared = ALIGNMENT + ring * stage + QUEUE * BARRIER_BYTES
     return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
 
 
