@@ -2,7 +2,7 @@
 
 Adding a use of SGLang to ``srt/`` means adding a row here, with the reason; a test compares the
 imports there with this table. A row that is no longer used goes away with its use. The CPU
-platform, ``virtual_ranks`` and ``peers/`` are not in it: they serve tests, demonstrations and the
+platform, ``virtual_*`` and ``peers/`` are not in it: they serve tests, demonstrations and the
 bench, which fail by themselves.
 """
 

@@ -21,7 +21,7 @@ from sglang_w4afp8.host_source import Function, Resolver, WheelSource
 
 SRT = Path(sglang_w4afp8.__file__).parent / "srt"
 # They serve tests and demonstrations, which fail by themselves; see hooks.py.
-NOT_IN_THE_TABLE = ("cpu_fp8", "cpu_platform", "shard_check", "virtual_ranks")
+NOT_IN_THE_TABLE = ("cpu_fp8", "cpu_platform", "shard_check", "virtual_deepep", "virtual_ranks")
 
 
 class AlteredSource:

@@ -231,3 +231,38 @@ def test_fp8_mlp_ranks_add_up(intermediate: int, tp: int, block: int) -> None:
     error = float((total - expected).norm() / expected.norm())
     # Both inputs are rounded to E4M3 in groups of at most 128: 2⁻⁴ steps, about 2.6 % rms each.
     assert error < 0.05, f"{error:.3f}"
+
+
+@pytest.mark.parametrize("low_latency", [False, True], ids=["normal", "low-latency"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("scheme", ["static", "dynamic_per_token"])
+@pytest.mark.parametrize("backend", ["hopper", "torch"])
+def test_behind_deepep(
+    backend: str, scheme: str, fp8: bool, low_latency: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's ``DeepEPMoE`` and dispatcher; DeepEP itself is emulated."""
+    from sglang_w4afp8.srt.virtual_deepep import run_through_deepep, virtual_deepep
+    from sglang_w4afp8.testing.dispatch import OneBatch, quantize_rows
+
+    if backend == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setenv("SGLANG_W4AFP8_MOE_BACKEND", backend)
+    tensors, ranks = expert_tensors(640), 2
+    whole = cases.whole_weights({name: tensor.cuda() for name, tensor in tensors.items()}, PREFIX)
+    for tokens in (1, 7, 100):
+        batch = routing(tokens)
+        total = torch.zeros(tokens, HIDDEN, dtype=torch.float64, device="cuda")
+        for rank in range(ranks):
+            buffer = OneBatch(batch, rank, ranks, EXPERTS // ranks)
+            with virtual_deepep(buffer, quantize_rows, rank, ranks):
+                layer = build(tensors, 640, moe_activation=ActivationScheme(scheme))
+                assert type(layer).__name__ == "DeepEPMoE"
+                form = {"dispatcher_output_dtype": "fp8" if fp8 else "bf16"}
+                layer.dispatcher.set_quant_config(form)
+                total += run_through_deepep(layer, *batch, low_latency=low_latency)
+        x, scale = quantize_rows(batch.x) if fp8 else (batch.x, None)
+        wanted = moe_reference(
+            x, whole, batch.topk_weights, batch.topk_ids, scheme=ActivationScheme(scheme),
+            x_scale=scale,
+        )  # fmt: skip
+        assert float((total - wanted).norm() / wanted.norm()) < 1.2e-2

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,47 +60,19 @@ def batch() -> cases.Routing:
     return made
 
 
-@pytest.fixture
-def deepep_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``--moe-a2a-backend deepep`` sets, on a machine without DeepEP and DeepGEMM."""
-    from sglang.srt.layers import deep_gemm_wrapper
-    from sglang.srt.layers.moe.fused_moe_triton import layer
-    from sglang.srt.layers.moe.token_dispatcher import deepep
-    from sglang.srt.layers.moe.utils import DeepEPMode, MoeA2ABackend
-    from sglang.srt.runtime_context import get_flags
-
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the method, not the model, applies ``routed_scaling_factor`` to standard layers."""
     from sglang_w4afp8.srt import host
 
-    monkeypatch.setattr(host, "model_scales_routed_output", lambda: False)  # as on CUDA
-    moe = get_flags().moe
-    monkeypatch.setattr(moe, "a2a_backend", MoeA2ABackend.DEEPEP)
-    monkeypatch.setattr(moe, "deepep_mode", DeepEPMode.AUTO)
-    monkeypatch.setattr(layer, "_get_deepep_comm_group", lambda backend: None)
-    monkeypatch.setattr(deepep, "use_deepep", True)
-    monkeypatch.setattr(deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", True)
-    monkeypatch.setattr(deep_gemm_wrapper, "DEEPGEMM_SCALE_UE8M0", False)
-    monkeypatch.setattr(deep_gemm_wrapper, "DEEPGEMM_BLACKWELL", False)
-    monkeypatch.setattr(deepep, "Buffer", SimpleNamespace(capture=lambda: None), raising=False)
-    config = SimpleNamespace(normal_dispatch_config=None, normal_combine_config=None)
-    monkeypatch.setattr(deepep.DeepEPConfig, "get_instance", lambda: config)
-    monkeypatch.setattr(
-        deepep,
-        "sglang_per_token_group_quant_fp8",
-        lambda x, group, **_: quantize_rows(x),
-        raising=False,
-    )
+    monkeypatch.setattr(host, "model_scales_routed_output", lambda: False)
 
 
 @contextmanager
-def rank_of(rank: int, batch: cases.Routing, patch: pytest.MonkeyPatch) -> Iterator[None]:
-    from sglang.srt.layers.moe.token_dispatcher import deepep
+def rank_of(rank: int, batch: cases.Routing) -> Iterator[None]:
+    from sglang_w4afp8.srt.virtual_deepep import virtual_deepep
 
-    from sglang_w4afp8.srt.virtual_ranks import virtual_rank
-
-    for name in ("_DeepEPDispatcherImplNormal", "_DeepEPDispatcherImplLowLatency"):
-        buffer = OneBatch(batch, rank, RANKS, LOCAL)
-        patch.setattr(getattr(deepep, name), "_get_buffer", lambda self, b=buffer: b)
-    with virtual_rank(rank, RANKS, ep_size=RANKS):
+    with virtual_deepep(OneBatch(batch, rank, RANKS, LOCAL), quantize_rows, rank, RANKS):
         yield
 
 
@@ -130,12 +101,9 @@ def build(
 
 
 def forward(layer: Any, batch: cases.Routing, extend: bool) -> torch.Tensor:
-    from sglang.srt.layers.dp_attention import set_is_extend_in_batch
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang_w4afp8.srt.virtual_deepep import run_through_deepep
 
-    set_is_extend_in_batch(extend)
-    logits = batch.x.new_zeros(len(batch.x), layer.num_experts)
-    return layer(batch.x, StandardTopKOutput(batch.topk_weights, batch.topk_ids, logits))
+    return run_through_deepep(layer, *batch, low_latency=not extend)
 
 
 def wanted_of(
@@ -156,8 +124,6 @@ def wanted_of(
 def test_dispatch_experts_combine(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    deepep_on: None,
-    monkeypatch: pytest.MonkeyPatch,
     group: int,
     scheme: str,
     dtype: str,
@@ -168,7 +134,7 @@ def test_dispatch_experts_combine(
     activation = ActivationScheme(scheme)
     total = torch.zeros(TOKENS, 256, dtype=torch.float64)
     for rank in range(RANKS):
-        with rank_of(rank, batch, monkeypatch):
+        with rank_of(rank, batch):
             layer = build(tensors, group, activation)
             assert type(layer).__name__ == "DeepEPMoE"
             assert type(layer.quant_method) is ShardedW4AFp8MoEMethod
@@ -188,7 +154,6 @@ def test_dispatch_experts_combine(
 def test_bf16_by_environment_takes_the_other_road(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    deepep_on: None,
     monkeypatch: pytest.MonkeyPatch,
     extend: bool,
 ) -> None:
@@ -196,7 +161,7 @@ def test_bf16_by_environment_takes_the_other_road(
     monkeypatch.setenv("SGLANG_DEEPEP_BF16_DISPATCH", "1")
     total = torch.zeros(TOKENS, 256, dtype=torch.float64)
     for rank in range(RANKS):
-        with rank_of(rank, batch, monkeypatch):
+        with rank_of(rank, batch):
             layer = build(tensors)
             assert layer.deprecate_flag
             core = layer.run_moe_core(dispatched(layer, batch, extend))
@@ -218,14 +183,12 @@ def dispatched(layer: Any, batch: cases.Routing, extend: bool) -> Any:
 @pytest.mark.parametrize("extend", [True, False], ids=["normal", "low-latency"])
 def test_a_rank_without_tokens_returns_bf16(
     tensors: dict[int, dict[str, torch.Tensor]],
-    deepep_on: None,
-    monkeypatch: pytest.MonkeyPatch,
     extend: bool,
 ) -> None:
     """Where 0.5.16's own method hands E4M3 to a combine that knows BF16 alone."""
     batch = cases.random_routing(3, shape(128), TOP_K, dtype=torch.bfloat16)
     batch.topk_ids.fill_(0)
-    with rank_of(1, batch, monkeypatch):
+    with rank_of(1, batch):
         layer = build(tensors)
         sent = dispatched(layer, batch, extend)
         assert sent.hidden_states.dtype == torch.float8_e4m3fn
@@ -237,12 +200,12 @@ def test_a_rank_without_tokens_returns_bf16(
 
 
 def test_the_router_weight_is_left_to_combine_and_the_scaling_to_the_model(
-    tensors: dict[int, dict[str, torch.Tensor]], deepep_on: None, monkeypatch: pytest.MonkeyPatch
+    tensors: dict[int, dict[str, torch.Tensor]],
 ) -> None:
     from sglang.srt.layers.moe.token_dispatcher import DeepEPNormalDispatchOutput
 
     batch = cases.random_routing(4, shape(128), TOP_K, dtype=torch.bfloat16)
-    with rank_of(0, batch, monkeypatch):
+    with rank_of(0, batch):
         layer = build(tensors)
         assert layer.moe_runner_config.routed_scaling_factor == SCALING
         method = layer.quant_method
@@ -263,7 +226,6 @@ def test_the_router_weight_is_left_to_combine_and_the_scaling_to_the_model(
 def test_rows_are_asked_for_in_the_form_the_card_can_use(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    deepep_on: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SGLang's default is BF16 for the runner that it resolves W4AFP8 to, else E4M3."""
@@ -274,7 +236,7 @@ def test_rows_are_asked_for_in_the_form_the_card_can_use(
 
     for runner in (MoeRunnerBackend.AUTO, MoeRunnerBackend.CUTLASS):
         monkeypatch.setattr(moe_flags(), "runner_backend", runner)
-        with rank_of(0, batch, monkeypatch):
+        with rank_of(0, batch):
             layer = build(tensors)
         (inner,) = layer.dispatcher._inners
         for mode in (inner._normal_dispatcher, inner._low_latency_dispatcher):
@@ -294,7 +256,6 @@ def test_rows_are_asked_for_in_the_form_the_card_can_use(
 def test_kin_with_the_same_entry_points(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    deepep_on: None,
     monkeypatch: pytest.MonkeyPatch,
     kin: str,
 ) -> None:
@@ -308,7 +269,7 @@ def test_kin_with_the_same_entry_points(
     form = getattr(token_dispatcher, f"{name}DispatchOutput", None)
     if form is None:
         pytest.skip(f"this SGLang has no {kin}")
-    with rank_of(0, batch, monkeypatch):
+    with rank_of(0, batch):
         layer = build(tensors)
         monkeypatch.setattr(moe_flags(), "a2a_backend", MoeA2ABackend(kin))
         chosen = moe.choose_moe_method(layer.quant_config, layer, PREFIX)
@@ -333,14 +294,13 @@ def moe_flags() -> Any:
 def test_refusals(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    deepep_on: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sglang.srt.layers.moe.utils import MoeA2ABackend
 
     from sglang_w4afp8.srt import moe
 
-    with rank_of(0, batch, monkeypatch):
+    with rank_of(0, batch):
         layer = build(tensors)
         method, sent = layer.quant_method, dispatched(layer, batch, False)
         packed = sent.hidden_states_scale[..., :1].to(torch.int32)
