@@ -40,15 +40,25 @@ DISPATCHERS = ("deepep", "mooncake", "nixl", "pplx")
 _DTYPE_OPTION = "--deepep-dispatcher-output-dtype"
 
 
-def row_dtype(problem: MoEProblem) -> str:
-    """In which form the dispatcher is asked to send rows: ``fp8`` or ``bf16``.
+def row_dtypes(problem: MoEProblem) -> dict[str, str]:
+    """In which form the dispatcher is asked to send rows, as it wants to be told.
 
-    E4M3 halves the traffic, and its scales are finer than any of the activation schemes'. Not where
-    there is no E4M3 or where DeepGEMM packs its scales to powers of two (Blackwell).
+    E4M3 halves the traffic of decoding, and its scales are finer than any of the activation
+    schemes'. For prefill BF16 is asked for: the kernels for many tokens take no others. Without
+    E4M3 on the card, or where DeepGEMM packs its scales to powers of two (Blackwell), always BF16.
+
+    Returns:
+        SGLang 0.5.16 knows the last key alone and uses it for both modes; 0.5.23 looks for that of
+        the mode first.
     """
     device = problem.device
     takes_fp8 = device.type != "cuda" or (8, 9) <= device.capability < (10, 0)
-    return "fp8" if takes_fp8 and problem.hidden_size % ROW_GROUP == 0 else "bf16"
+    decoding = "fp8" if takes_fp8 and problem.hidden_size % ROW_GROUP == 0 else "bf16"
+    return {
+        "normal_dispatcher_output_dtype": "bf16",
+        "low_latency_dispatcher_output_dtype": decoding,
+        "dispatcher_output_dtype": decoding,
+    }
 
 
 class DispatchedRows:
@@ -62,14 +72,10 @@ class DispatchedRows:
         raise NotImplementedError
 
     def ask_for_rows(self, layer: torch.nn.Module) -> None:
-        """Tell the layer's dispatcher in which form to send; the user's option goes before it.
-
-        SGLang 0.5.16 knows one key for both modes, 0.5.23 reads it where there is none for the
-        mode.
-        """
+        """Tell the layer's dispatcher in which form to send; the user's option goes before it."""
         dispatcher = getattr(layer, "dispatcher", None)
         if dispatcher is not None:
-            dispatcher.set_quant_config({"dispatcher_output_dtype": row_dtype(self.problem)})
+            dispatcher.set_quant_config(row_dtypes(self.problem))
 
     def apply_deepep_normal(
         self, layer: torch.nn.Module, dispatch_output: DeepEPNormalDispatchOutput

@@ -24,7 +24,7 @@ from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
 from sglang_w4afp8.sharding import ExpertShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.srt import host
-from sglang_w4afp8.srt.deepep import DISPATCHERS, DispatchedRows, row_dtype
+from sglang_w4afp8.srt.deepep import DISPATCHERS, DispatchedRows
 from sglang_w4afp8.srt.importer import ExpertImporter
 from sglang_w4afp8.srt.loader import PART, ExpertLoader
 
@@ -379,5 +379,5 @@ class ShardedW4AFp8MoEMethod(DispatchedRows, W4AFp8MoEMethod):
             group,
             self.scheme,
             self.backend.name,
-            f", {row_dtype(self.problem)} rows of a dispatcher" if self.dispatched else "",
+            ", behind a dispatcher" if self.dispatched else "",
         )

@@ -140,8 +140,9 @@ def test_dispatch_experts_combine(
             assert type(layer.quant_method) is ShardedW4AFp8MoEMethod
             if dtype != "auto":
                 layer.dispatcher.set_quant_config({"dispatcher_output_dtype": dtype})
+            fp8 = modes_of(layer)[0 if extend else 1].use_fp8
             total += forward(layer, batch, extend)
-    fp8 = dtype != "bf16"
+    assert dtype == "auto" or fp8 is (dtype == "fp8")
     weights = cases.whole_weights(tensors[group], PREFIX, group)
     wanted = wanted_of(weights, batch, activation, fp8)
     # BF16 results, and E4M3 codes that fall on the other side of a boundary in float32.
@@ -190,6 +191,7 @@ def test_a_rank_without_tokens_returns_bf16(
     batch.topk_ids.fill_(0)
     with rank_of(1, batch):
         layer = build(tensors)
+        layer.dispatcher.set_quant_config({"dispatcher_output_dtype": "fp8"})
         sent = dispatched(layer, batch, extend)
         assert sent.hidden_states.dtype == torch.float8_e4m3fn
         core = layer.run_moe_core(sent)
@@ -232,24 +234,30 @@ def test_rows_are_asked_for_in_the_form_the_card_can_use(
     from sglang.srt.layers.moe.utils import MoeRunnerBackend
 
     from sglang_w4afp8.layer import Device
-    from sglang_w4afp8.srt.deepep import row_dtype
+    from sglang_w4afp8.srt.deepep import row_dtypes
 
     for runner in (MoeRunnerBackend.AUTO, MoeRunnerBackend.CUTLASS):
         monkeypatch.setattr(moe_flags(), "runner_backend", runner)
         with rank_of(0, batch):
             layer = build(tensors)
-        (inner,) = layer.dispatcher._inners
-        for mode in (inner._normal_dispatcher, inner._low_latency_dispatcher):
-            assert mode.use_fp8 and mode.deepep_output_dtype.value == "fp8"
+        normal, low_latency = modes_of(layer)
+        assert low_latency.use_fp8
+        # 0.5.16 has one key for both modes.
+        assert normal.use_fp8 is not hasattr(normal, "dispatch_mode")
     problem = layer.quant_method.problem
-    for capability, wanted in (
-        ((8, 0), "bf16"),
-        ((8, 9), "fp8"),
-        ((9, 0), "fp8"),
-        ((10, 0), "bf16"),
-    ):
-        assert row_dtype(replace(problem, device=Device("cuda", capability))) == wanted
-    assert row_dtype(replace(problem, hidden_size=320)) == "bf16"
+    cards = {(8, 0): "bf16", (8, 9): "fp8", (9, 0): "fp8", (10, 0): "bf16"}
+    for capability, wanted in cards.items():
+        asked = row_dtypes(replace(problem, device=Device("cuda", capability)))
+        assert asked["low_latency_dispatcher_output_dtype"] == wanted
+        assert asked["dispatcher_output_dtype"] == wanted
+        assert asked["normal_dispatcher_output_dtype"] == "bf16"
+    assert row_dtypes(replace(problem, hidden_size=320))["dispatcher_output_dtype"] == "bf16"
+
+
+def modes_of(layer: Any) -> tuple[Any, Any]:
+    """SGLang's dispatchers for prefill and for decoding."""
+    (inner,) = layer.dispatcher._inners
+    return inner._normal_dispatcher, inner._low_latency_dispatcher
 
 
 @pytest.mark.parametrize("kin", ["mooncake", "nixl", "pplx"])

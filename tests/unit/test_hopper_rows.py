@@ -47,9 +47,21 @@ def test_launches_fit_the_hardware(layer: Layer) -> None:
         assert up.tokens == down.tokens and "W4_ROW_SCALES" not in dict(down.kernel.defines)
         assert up.grid[0] * 2 + chosen.tiles <= plan.COUNTERS
         for one in (up, down):
+            assert one.shared_bytes == one.ring * (stage_bytes(one.kernel) + plan.BARRIER_BYTES)
             per_sm = one.grid[0] // 132
             assert one.ring >= 3 and per_sm * (one.shared_bytes + 6_144) <= plan.SM_SHARED_BYTES
             assert one.shared_bytes + 5_248 <= plan.CTA_SHARED_BYTES
+
+
+def stage_bytes(kernel: plan.Kernel) -> int:
+    """``kStageBytes`` of gemm.cu."""
+    d = dict(kernel.defines)
+    k, rows, tokens = d["W4_K"], 2 * d["W4_TILES"] * 64, d["W4_TOKENS"]
+    size = rows * k // 2 + rows * k // d["W4_GROUP"] * 2 + tokens * k
+    if d.get("W4_ROW_SCALES"):
+        spans = k // (128 if k % 128 == 0 else 64)
+        size += (spans * tokens * 4 + 127) // 128 * 128
+    return size
 
 
 def test_plans_of_slots() -> None:
