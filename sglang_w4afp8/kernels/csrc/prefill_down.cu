@@ -5,8 +5,9 @@
 // is added up in the order of top_k, so that y is never in device memory and results do not depend
 // on timing. Items, in order: for each slice its matrix items, then the sums of the slice before.
 //
-// 512 bytes of y hold 256 outputs of a pair in the order in which the matrix kernel's threads have
-// them: [warpgroup][warp][g 8][row tile 2][row half 2].
+// 64 bytes of y hold the 32 outputs of a pair that one warp has, as its threads have them:
+// [g 8][row tile 2][row half 2]; the pairs of a list follow each other, so that a warp writes whole
+// lines: [buffer][block of 256 outputs][warpgroup][warp][pair][64 bytes].
 #include "prefill.cuh"
 
 constexpr int kBuffers = 3;     // slices in y
@@ -23,7 +24,7 @@ struct PrefillDownParams {
   const int* place;        // (M * top_k) a pair's place in its list, or -1
   const float* b_scale;    // static: (1); dynamic: (M * top_k)
   const float* topk_weights;  // (M, top_k)
-  u8* y;                   // (kBuffers, slice_blocks, list_pairs, 512 bytes)
+  u8* y;                   // (kBuffers, slice_blocks, 8, list_pairs, 64 bytes)
   u16* out;                // (M, rows) bfloat16
   u32* claimed;            // zero before
   u32* done;               // (slices * lists, 2): matrix items, sums; zero before
@@ -134,10 +135,10 @@ struct DownBody {
     __syncwarp();
   }
 
-  // y of block `block` of a slice.
-  __device__ __forceinline__ u8* buffer(int step, int block) const {
-    return p.y + (static_cast<u64>(step % kBuffers) * p.slice_blocks + block) *
-                     (static_cast<u64>(p.list_tokens) * p.top_k * 512);
+  // y of the outputs of consumer warp `warp` in block `block` of a slice.
+  __device__ __forceinline__ u8* buffer(int step, int block, int warp) const {
+    return p.y + ((static_cast<u64>(step % kBuffers) * p.slice_blocks + block) * 8 + warp) *
+                     (static_cast<u64>(p.list_tokens) * p.top_k * 64);
   }
 
   template <int kN>
@@ -153,23 +154,34 @@ struct DownBody {
       memory().free_before = old + 1;
     }
     const float b_scale = W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f;
-    u8* at = buffer(step, item().block - item().tile * p.slice_blocks) +
-             static_cast<u64>(item().first + (lane & 3) * 2) * 512 + (wg * 4 + (thread >> 5)) * 64 + (lane >> 2) * 8;
-    const int left = item().count - (lane & 3) * 2;
+    // Lanes g and g ^ 1 exchange one token each of two, so that both store 16 bytes.
+    const int g = lane >> 2, odd = g & 1, count = item().count;
+    u8* at = buffer(step, item().block - item().tile * p.slice_blocks, wg * 4 + (thread >> 5)) +
+             static_cast<u64>(item().first + (lane & 3) * 2 + odd) * 64 + (g - odd) * 8;
+    auto scale_of = [&](int c) {
+      if constexpr (W4_DYNAMIC != 0) {
+        const int* list = p.columns + static_cast<u64>(item().list) * p.list_tokens * p.top_k;
+        return c < count ? p.b_scale[list[item().first + c]] * 512.0f : 0.0f;
+      } else {
+        return b_scale;
+      }
+    };
 #pragma unroll
     for (int i = 0; i < kN / 2; i += 4) {
+      const int c = i * 2 + (lane & 3) * 2;
+      u32 token[2][2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (i * 2 + e >= left || (PROBE & 32)) continue;
-        float scale = b_scale;
-        if constexpr (W4_DYNAMIC != 0) {
-          const int c = i * 2 + (lane & 3) * 2 + e;
-          const int* list = p.columns + static_cast<u64>(item().list) * p.list_tokens * p.top_k;
-          scale = p.b_scale[list[item().first + c]] * 512.0f;
-        }
-        *reinterpret_cast<uint2*>(at + (i * 2 + e) * 512) =
-            make_uint2(pack_bf16(acc[0][i + e] * scale, acc[0][i + e + 2] * scale),
-                       pack_bf16(acc[1][i + e] * scale, acc[1][i + e + 2] * scale));
+        const float scale = scale_of(c + e);
+        token[e][0] = pack_bf16(acc[0][i + e] * scale, acc[0][i + e + 2] * scale);
+        token[e][1] = pack_bf16(acc[1][i + e] * scale, acc[1][i + e + 2] * scale);
+      }
+      const u32 other0 = __shfl_xor_sync(0xffffffffu, odd ? token[0][0] : token[1][0], 4);
+      const u32 other1 = __shfl_xor_sync(0xffffffffu, odd ? token[0][1] : token[1][1], 4);
+      if (c + odd < count && !(PROBE & 32)) {
+        *reinterpret_cast<uint4*>(at + i * 2 * 64) =
+            odd ? make_uint4(other0, other1, token[1][0], token[1][1])
+                : make_uint4(token[0][0], token[0][1], other0, other1);
       }
     }
     remember(kMatrix, step);
@@ -189,7 +201,7 @@ struct DownBody {
     const int local = item().first + (threadIdx.x >> 5) * kTokensOfWarp;
     const int here = min(kTokensOfWarp, list_tokens(p, list) - local);
     const int token = list * p.list_tokens + local;
-    const u8* from = buffer(step, block - slice * p.slice_blocks) + lane * 16;
+    const u8* from = buffer(step, block - slice * p.slice_blocks, lane >> 2) + (lane & 3) * 16;
     float total[kTokensOfWarp][8] = {};
     for (int first = 0; first < p.top_k; first += kAtOnce) {
       const int k = first + (lane & 7), i = lane >> 3;
@@ -204,7 +216,7 @@ struct DownBody {
           const int row = __shfl_sync(0xffffffffu, at, i * kAtOnce + j);
           v[i][j] = make_uint4(0, 0, 0, 0);
           if (row >= 0) {
-            v[i][j] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 512));
+            v[i][j] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 64));
           }
         }
       }

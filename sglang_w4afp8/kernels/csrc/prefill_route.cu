@@ -1,7 +1,7 @@
 // First kernel of the prefill path: the pairs sorted by expert, and x in FP8.
 //
-// Block i sorts the (token, k) pairs of list i, a run of tokens. The other blocks quantise four rows of
-// x each. Pairs of an expert are in no particular
+// A list is a run of tokens whose (token, k) pairs are sorted by expert, by one block. The matrix
+// kernels may want lists of different lengths. The other blocks quantise four rows of x each. Pairs of an expert are in no particular
 // order: a pair's result does not depend on its neighbours, and sums are taken in the order of k.
 #include "primitives.cuh"
 
@@ -14,18 +14,23 @@ struct Tile {
   int expert, first, count, unused;
 };
 
+struct Lists {
+  Tile* tiles;   // (count, max_tiles)
+  int* header;   // (count) number of tiles
+  int* columns;  // (count, pairs)
+  int count, pairs, max_tiles;
+};
+
 struct PrefillRouteParams {
   const u16* x;          // (M, hidden) bfloat16
   const void* ids;       // (M, top_k) int32 or int64
   u8* xq;                // (M, hidden) E4M3
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  Tile* tiles;           // (lists, max_tiles)
-  int* header;           // (lists) number of tiles
-  int* columns;          // (lists, list_pairs)
-  int* place;            // (pairs) a pair's place in its list, or -1
+  Lists up, down;        // down.count is 0 where both kernels use the same lists
+  int* place;            // (pairs) a pair's place in its list of down, or -1
   u32* zeros;            // counters of the kernels that follow
-  int tokens, pairs, hidden, experts, lists, list_pairs, max_tiles, zero_count, ids_are_64;
+  int tokens, pairs, hidden, experts, zero_count, ids_are_64;
 };
 
 __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
@@ -34,17 +39,36 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
-__device__ void sort_pairs(const PrefillRouteParams& p, int list, int* counts, int* sums) {
+constexpr int kAtOnce = 8;  // ids that a thread loads before it looks at them
+
+// Calls body(pair, expert) for each pair of this thread.
+template <class Body>
+__device__ __forceinline__ void each_pair(const PrefillRouteParams& p, int begin, int end,
+                                          Body body) {
+  for (int first = begin + threadIdx.x; first < end; first += kAtOnce * kThreads) {
+    int expert[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int pair = first + i * kThreads;
+      expert[i] = pair < end ? expert_of(p, pair) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kThreads < end) body(first + i * kThreads, expert[i]);
+    }
+  }
+}
+
+__device__ void sort_pairs(const PrefillRouteParams& p, const Lists& lists, int list, bool places,
+                           int* counts, int* sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const int begin = list * p.list_pairs, end = min(p.pairs, begin + p.list_pairs);
-  int* columns = p.columns + begin;
+  const int begin = list * lists.pairs, end = min(p.pairs, begin + lists.pairs);
+  int* columns = lists.columns + begin;
   counts[tid] = 0;
   __syncthreads();
-#pragma unroll 8
-  for (int i = begin + tid; i < end; i += kThreads) {
-    const int e = expert_of(p, i);
-    if (e >= 0) atomicAdd(&counts[e], 1);
-  }
+  each_pair(p, begin, end, [&](int, int expert) {
+    if (expert >= 0) atomicAdd(&counts[expert], 1);
+  });
   __syncthreads();
   // Thread e: expert e's tokens in equal tiles, in steps of 16 columns.
   const int tokens = counts[tid];
@@ -60,20 +84,18 @@ __device__ void sort_pairs(const PrefillRouteParams& p, int list, int* counts, i
   __syncthreads();
   int first = pair_sum - tokens, tile = tile_sum - tiles;
   for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
-  if (tid == kThreads - 1) p.header[list] = tile + tiles;
-  Tile* out = p.tiles + static_cast<u64>(list) * p.max_tiles + tile;
+  if (tid == kThreads - 1) lists.header[list] = tile + tiles;
+  Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
   for (int i = 0; i < tiles; ++i) {
     out[i] = Tile{tid, first + i * size, min(size, tokens - i * size), 0};
   }
   counts[tid] = first;
   __syncthreads();
-#pragma unroll 8
-  for (int i = begin + tid; i < end; i += kThreads) {
-    const int e = expert_of(p, i);
-    const int at = e >= 0 ? atomicAdd(&counts[e], 1) : -1;
-    if (at >= 0) columns[at] = i;
-    p.place[i] = at;
-  }
+  each_pair(p, begin, end, [&](int pair, int expert) {
+    const int at = expert >= 0 ? atomicAdd(&counts[expert], 1) : -1;
+    if (at >= 0) columns[at] = pair;
+    if (places) p.place[pair] = at;
+  });
 }
 
 // Four rows, 128 threads each.
@@ -132,9 +154,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   if (block == 0) {
     for (int i = threadIdx.x; i < p.zero_count; i += kThreads) p.zeros[i] = 0;
   }
-  if (block < p.lists) {
-    sort_pairs(p, block, counts, sums);
+  const int sorts = p.up.count + p.down.count;
+  if (block < p.up.count) {
+    sort_pairs(p, p.up, block, p.down.count == 0, counts, sums);
+  } else if (block < sorts) {
+    sort_pairs(p, p.down, block - p.up.count, true, counts, sums);
   } else {
-    quantize_rows(p, (block - p.lists) * kRows, reinterpret_cast<float*>(sums));
+    quantize_rows(p, (block - sorts) * kRows, reinterpret_cast<float*>(sums));
   }
 }

@@ -19,14 +19,22 @@ class _Weights(ctypes.Structure):
     _fields_ = (("w", _P), ("scales", _P), ("rows", _I), ("k", _I))
 
 
+class _Lists(ctypes.Structure):
+    """``Lists`` in prefill_route.cu."""
+
+    _fields_ = (
+        ("tiles", _P), ("header", _P), ("columns", _P), ("count", _I), ("pairs", _I),
+        ("max_tiles", _I),
+    )  # fmt: skip
+
+
 class _RouteParams(ctypes.Structure):
     """``PrefillRouteParams`` in prefill_route.cu."""
 
     _fields_ = (
-        ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("tiles", _P),
-        ("header", _P), ("columns", _P), ("place", _P), ("zeros", _P), ("tokens", _I),
-        ("pairs", _I), ("hidden", _I), ("experts", _I), ("lists", _I), ("list_pairs", _I),
-        ("max_tiles", _I), ("zero_count", _I), ("ids_are_64", _I),
+        ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("up", _Lists),
+        ("down", _Lists), ("place", _P), ("zeros", _P), ("tokens", _I), ("pairs", _I),
+        ("hidden", _I), ("experts", _I), ("zero_count", _I), ("ids_are_64", _I),
     )  # fmt: skip
 
 
@@ -60,47 +68,57 @@ def launches_prefill(
     route, up, down = plan.launches
     tokens = t.x.shape[0]
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
-    list_pairs = plan.list_tokens * layer.top_k
-    steps = plan.slices * plan.lists
-    tiles = plan.lists * plan.max_tiles
+    top_k, shared = layer.top_k, plan.up == plan.down
+    steps = plan.slices * plan.down.count
+    tiles = plan.up.count * plan.up.max_tiles
     zeros = 2 + 2 * steps + (tiles if dynamic else 0)
+    lists = {"up": plan.up} | ({} if shared else {"down": plan.down})
     space = Workspace(
         t.x.device,
         {
             "zeros": zeros * 4,
-            "header": plan.lists * 4,
-            "tiles": tiles * 16,
-            "columns": pairs * 4,
+            **{f"{name} header": part.count * 4 for name, part in lists.items()},
+            **{f"{name} tiles": part.count * part.max_tiles * 16 for name, part in lists.items()},
+            **{f"{name} columns": pairs * 4 for name in lists},
             "place": pairs * 4,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
             "q": pairs * layer.inner,
             "row_scale": pairs * 4 if dynamic else 0,
             "inner": pairs * layer.inner * 4 if dynamic else 0,
-            "y": BUFFERS * plan.slice_blocks * list_pairs * 512,
+            "y": BUFFERS * plan.slice_blocks * plan.down.tokens * top_k * 512,
         },
     )
     at = space.at
+
+    def addresses(name: str) -> tuple[int, int, int]:
+        return at[f"{name} tiles"], at[f"{name} header"], at[f"{name} columns"]
+
+    def described(name: str) -> _Lists:
+        part = lists[name]
+        return _Lists(*addresses(name), part.count, part.tokens * top_k, part.max_tiles)
+
     claimed = at["zeros"]
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
-        pointer(t.w13_input_scale), at["tiles"], at["header"], at["columns"], at["place"],
-        claimed, tokens, pairs, layer.hidden, layer.experts, plan.lists, list_pairs,
-        plan.max_tiles, zeros, int(t.topk_ids.dtype == torch.int64),
+        pointer(t.w13_input_scale), described("up"), _Lists() if shared else described("down"),
+        at["place"], claimed, tokens, pairs, layer.hidden, layer.experts, zeros,
+        int(t.topk_ids.dtype == torch.int64),
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
     up_parameters = _UpParams(
         _Weights(t.w13.data_ptr(), t.w13_scale.data_ptr(), 2 * layer.inner, layer.hidden),
-        at["xq"], at["tiles"], at["header"], at["columns"],
-        at["x_scale"] if dynamic else pointer(t.w13_input_scale), pointer(t.w2_input_scale),
-        at["q"], at["row_scale"], at["inner"], claimed, claimed + 4 * (2 + 2 * steps),
-        layer.top_k, plan.lists, list_pairs, plan.max_tiles, up.ring,
+        at["xq"], *addresses("up"), at["x_scale"] if dynamic else pointer(t.w13_input_scale),
+        pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"], claimed,
+        claimed + 4 * (2 + 2 * steps), top_k, plan.up.count, plan.up.tokens * top_k,
+        plan.up.max_tiles, up.ring,
     )  # fmt: skip
     down_parameters = _DownParams(
         _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner),
-        at["q"], at["tiles"], at["header"], at["columns"], at["place"],
+        at["q"], *addresses("up" if shared else "down"), at["place"],
         at["row_scale"] if dynamic else pointer(t.w2_input_scale), t.topk_weights.data_ptr(),
-        at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, layer.top_k,
-        plan.lists, plan.list_tokens, plan.max_tiles, plan.slices, plan.slice_blocks, down.ring,
+        at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, top_k,
+        plan.down.count, plan.down.tokens, plan.down.max_tiles, plan.slices, plan.slice_blocks,
+        down.ring,
     )  # fmt: skip
     return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]

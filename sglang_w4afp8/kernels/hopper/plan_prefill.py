@@ -33,8 +33,32 @@ BUFFERS = 3
 """Slices of contributions in memory at a time."""
 SLICE_PAIRS = 32_768
 """Pairs times blocks of 256 outputs of a slice: 16 MB of BF16."""
+UP_LIST_PAIRS = 131_072
+"""Pairs of a list of gate and up: the longer, the fuller are its tiles."""
 MAX_SLICE_BLOCKS = 8
 MAX_RING = 8
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Runs of tokens whose pairs are sorted by expert, each on its own.
+
+    Attributes:
+        count: how many.
+        tokens: of a list; the last may have fewer.
+        max_tiles: room for tiles in a list.
+    """
+
+    count: int
+    tokens: int
+    max_tiles: int
+
+    @classmethod
+    def of(cls, layer: Layer, tokens: int, most_pairs: float) -> Lists:
+        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens."""
+        size = min(tokens, max(16, int(most_pairs) // layer.top_k // 16 * 16))
+        pairs = size * layer.top_k
+        return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
 
 
 @dataclass(frozen=True)
@@ -43,17 +67,15 @@ class PrefillPlan:
 
     Attributes:
         launches: route, up, down.
-        max_tiles: room for tiles in a list.
-        lists: runs of tokens that are sorted by expert on their own.
-        list_tokens: tokens of a list; the last may have fewer.
+        up: lists of gate and up.
+        down: lists of down, and of the sums.
         slices: parts of the outputs.
         slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
     """
 
     launches: tuple[Launch, Launch, Launch]
-    max_tiles: int
-    lists: int
-    list_tokens: int
+    up: Lists
+    down: Lists
     slices: int
     slice_blocks: int
 
@@ -93,23 +115,21 @@ def plan_prefill(layer: Layer, tokens: int, sms: int, local_share: float = 1.0) 
         sms: multiprocessors.
         local_share: part of the pairs that is expected to name an expert of this rank.
     """
-    list_tokens = max(16, int(SLICE_PAIRS / local_share) // layer.top_k // 16 * 16)
-    lists = -(-tokens // list_tokens)
-    list_tokens = min(list_tokens, tokens)
-    expected = max(1, int(list_tokens * layer.top_k * local_share))
+    up = Lists.of(layer, tokens, UP_LIST_PAIRS / local_share)
+    down = Lists.of(layer, tokens, SLICE_PAIRS / local_share)
+    expected = max(1, int(down.tokens * layer.top_k * local_share))
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // expected))
-    list_pairs = list_tokens * layer.top_k
+    sorts = up.count + (down.count if down != up else 0)
     route = Launch(
         Kernel("prefill_route.cu", "w4a8_prefill_route"),
-        (lists + -(-tokens // ROUTE_ROWS), 1),
+        (sorts + -(-tokens // ROUTE_ROWS), 1),
         ROUTE_THREADS,
     )
     return PrefillPlan(
         launches=(route, _matrix(layer, sms, True), _matrix(layer, sms, False)),
-        max_tiles=min(list_pairs, layer.experts + list_pairs // TILE_TOKENS),
-        lists=lists,
-        list_tokens=list_tokens,
+        up=up,
+        down=down,
         slices=-(-blocks // slice_blocks),
         slice_blocks=slice_blocks,
     )
