@@ -137,7 +137,7 @@ struct DownBody {
 
   // y of the outputs of consumer warp `warp` in block `block` of a slice.
   __device__ __forceinline__ u8* buffer(int step, int block, int warp) const {
-    return p.y + ((static_cast<u64>(step % kBuffers) * p.slice_blocks + block) * 8 + warp) *
+    return p.y + ((static_cast<u64>((PROBE & 64) ? 0 : step % kBuffers) * p.slice_blocks + block) * 8 + warp) *
                      (static_cast<u64>(p.list_tokens) * p.top_k * 64);
   }
 
