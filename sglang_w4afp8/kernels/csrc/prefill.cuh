@@ -59,9 +59,9 @@ struct Queue {
   Item item[kQueue];
 };
 
-// Shared-memory addresses: stages, their barriers, the barriers of the queue's entries.
+// Shared-memory addresses: stages, what is free behind them, their barriers, the queue's barriers.
 struct Ring {
-  u32 stages, bars, queue_bars;
+  u32 stages, end, bars, queue_bars;
   int size;
   __device__ __forceinline__ u32 weights_full(int slot) const { return bars + slot * kBars; }
   __device__ __forceinline__ u32 tokens_full(int slot, int half) const {
@@ -360,10 +360,12 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
 }
 
 // ---- set-up --------------------------------------------------------------------------------------
-__device__ __forceinline__ Ring make_ring(u8* shared, int size) {
+// `extra`: bytes that the caller wants behind the stages.
+__device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
   Ring ring;
   ring.stages = (smem_address(shared) + 1023) & ~1023u;  // swizzled rows repeat after 1 KB
-  ring.bars = ring.stages + size * kStageBytes;
+  ring.end = ring.stages + size * kStageBytes;
+  ring.bars = ring.end + extra;
   ring.queue_bars = ring.bars + size * kBars;
   ring.size = size;
   if (threadIdx.x == 0) {

@@ -5,14 +5,16 @@
 // is added up in the order of top_k, so that y is never in device memory and results do not depend
 // on timing. Items, in order: for each slice its matrix items, then the sums of the slice before.
 //
-// 64 bytes of y hold the 32 outputs of a pair that one warp has, as its threads have them:
-// [g 8][row tile 2][row half 2]; the pairs of a list follow each other, so that a warp writes whole
-// lines: [buffer][block of 256 outputs][warpgroup][warp][pair][64 bytes].
+// 256 bytes of y hold the 128 outputs of a pair that one warpgroup has, as its threads have them:
+// [warp][g 8][row tile 2][row half 2], in 16-byte pieces of which piece i of the pair in row r is at
+// i ^ (r % 8), so that threads write them to shared memory without bank conflicts. From there one
+// bulk copy per item takes them away while the warpgroup goes on.
 #include "prefill.cuh"
 
 constexpr int kBuffers = 3;     // slices in y
 constexpr int kSumTokens = 32;  // of an item, four to a warp
 constexpr int kAtOnce = 8;
+constexpr int kOutBytes = kTokens * 256;
 static_assert(kPerWg == 2, "");
 
 struct PrefillDownParams {
@@ -24,7 +26,7 @@ struct PrefillDownParams {
   const int* place;        // (M * top_k) a pair's place in its list, or -1
   const float* b_scale;    // static: (1); dynamic: (M * top_k)
   const float* topk_weights;  // (M, top_k)
-  u8* y;                   // (kBuffers, slice_blocks, 8, list_pairs, 64 bytes)
+  u8* y;                   // (kBuffers, slice_blocks, 2, list_pairs, 256 bytes)
   u16* out;                // (M, rows) bfloat16
   u32* claimed;            // zero before
   u32* done;               // (slices * lists, 2): matrix items, sums; zero before
@@ -104,6 +106,7 @@ __shared__ Queue queue;
 struct DownBody {
   const PrefillDownParams& p;
   const Ring& ring;
+  u32 out_at;  // shared memory, kOutBytes for each warpgroup
   Reader reader;
   Place place;
 
@@ -120,6 +123,7 @@ struct DownBody {
     named_sync(1 + wg, 128);
     if ((threadIdx.x & 127) == 0) {
       u32* count = p.done + memory().step * 2 + (memory().kind == kCombine);
+      bulk_store_wait();
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(items) : "memory");
     }
@@ -135,10 +139,10 @@ struct DownBody {
     __syncwarp();
   }
 
-  // y of the outputs of consumer warp `warp` in block `block` of a slice.
-  __device__ __forceinline__ u8* buffer(int step, int block, int warp) const {
-    return p.y + ((static_cast<u64>((PROBE & 64) ? 0 : step % kBuffers) * p.slice_blocks + block) * 8 + warp) *
-                     (static_cast<u64>(p.list_tokens) * p.top_k * 64);
+  // y of the outputs of warpgroup `wg` in block `block` of a slice.
+  __device__ __forceinline__ u8* buffer(int step, int block, int wg) const {
+    return p.y + ((static_cast<u64>(step % kBuffers) * p.slice_blocks + block) * 2 + wg) *
+                     (static_cast<u64>(p.list_tokens) * p.top_k * 256);
   }
 
   template <int kN>
@@ -154,10 +158,13 @@ struct DownBody {
       memory().free_before = old + 1;
     }
     const float b_scale = W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f;
+    if ((threadIdx.x & 127) == 0) bulk_store_wait_read();  // of the item before
+    named_sync(1 + wg, 128);
     // Lanes g and g ^ 1 exchange one token each of two, so that both store 16 bytes.
     const int g = lane >> 2, odd = g & 1, count = item().count;
-    u8* at = buffer(step, item().block - item().tile * p.slice_blocks, wg * 4 + (thread >> 5)) +
-             static_cast<u64>(item().first + (lane & 3) * 2 + odd) * 64 + (g - odd) * 8;
+    const u32 to = out_at + wg * kOutBytes + ((lane & 3) * 2 + odd) * 256;
+    const int row = item().first + (lane & 3) * 2 + odd;
+    const u32 piece = (((thread >> 5) * 4 + (g >> 1)) ^ (row & 7)) * 16;
     auto scale_of = [&](int c) {
       if constexpr (W4_DYNAMIC != 0) {
         const int* list = p.columns + static_cast<u64>(item().list) * p.list_tokens * p.top_k;
@@ -178,11 +185,16 @@ struct DownBody {
       }
       const u32 other0 = __shfl_xor_sync(0xffffffffu, odd ? token[0][0] : token[1][0], 4);
       const u32 other1 = __shfl_xor_sync(0xffffffffu, odd ? token[0][1] : token[1][1], 4);
-      if (c + odd < count && !(PROBE & 32)) {
-        *reinterpret_cast<uint4*>(at + i * 2 * 64) =
-            odd ? make_uint4(other0, other1, token[1][0], token[1][1])
-                : make_uint4(token[0][0], token[0][1], other0, other1);
-      }
+      sts128(to + i * 2 * 256 + piece,
+             odd ? make_uint4(other0, other1, token[1][0], token[1][1])
+                 : make_uint4(token[0][0], token[0][1], other0, other1));
+    }
+    fence_async_proxy();
+    named_sync(1 + wg, 128);
+    if ((threadIdx.x & 127) == 0) {
+      bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
+                     static_cast<u64>(item().first) * 256,
+                 out_at + wg * kOutBytes, count * 256);
     }
     remember(kMatrix, step);
   }
@@ -201,7 +213,7 @@ struct DownBody {
     const int local = item().first + (threadIdx.x >> 5) * kTokensOfWarp;
     const int here = min(kTokensOfWarp, list_tokens(p, list) - local);
     const int token = list * p.list_tokens + local;
-    const u8* from = buffer(step, block - slice * p.slice_blocks, lane >> 2) + (lane & 3) * 16;
+    const u8* from = buffer(step, block - slice * p.slice_blocks, lane >> 4);
     float total[kTokensOfWarp][8] = {};
     for (int first = 0; first < p.top_k; first += kAtOnce) {
       const int k = first + (lane & 7), i = lane >> 3;
@@ -216,7 +228,9 @@ struct DownBody {
           const int row = __shfl_sync(0xffffffffu, at, i * kAtOnce + j);
           v[i][j] = make_uint4(0, 0, 0, 0);
           if (row >= 0) {
-            v[i][j] = __ldcg(reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 64));
+            const u32 piece = ((lane & 15) ^ (row & 7)) * 16;
+            v[i][j] = __ldcg(
+                reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 256 + piece));
           }
         }
       }
@@ -273,7 +287,7 @@ struct DownBody {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_prefill_down(const __grid_constant__ PrefillDownParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  const Ring ring = make_ring(shared, p.ring);
+  const Ring ring = make_ring(shared, p.ring, 2 * kOutBytes);
   pdl_wait();
   pdl_trigger();
   if (threadIdx.x >= kConsumers) {
@@ -295,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   if ((PROBE & 16) && threadIdx.x >= 128) asm volatile("bar.arrive %0, 256;" ::"r"(4) : "memory");
   memories[threadIdx.x >> 5] = Memory{};
   __syncwarp();
-  DownBody body{p, ring, Reader{}, Place{}};
+  DownBody body{p, ring, ring.end, Reader{}, Place{}};
   for (;;) {
     const Item& item = body.reader.wait(queue, ring);
     const int kind = uniform(item.kind);

@@ -1,14 +1,18 @@
 // First kernel of the prefill path: the pairs sorted by expert, and x in FP8.
 //
-// A list is a run of tokens whose (token, k) pairs are sorted by expert, by one block. The matrix
-// kernels may want lists of different lengths. The other blocks quantise four rows of x each. Pairs of an expert are in no particular
-// order: a pair's result does not depend on its neighbours, and sums are taken in the order of k.
+// A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may want
+// lists of different lengths. The first blocks sort: each counts its part of the pairs, publishes the
+// counts, waits for the others' and then knows where its pairs go in both kinds of list. The other
+// blocks quantise four rows of x each. Pairs of an expert are in no particular order: a pair's result
+// does not depend on its neighbours, and sums are taken in the order of k.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
 constexpr int kTokens = 128;  // most of a tile
+constexpr int kMine = 8;      // pairs of a sorting thread
+constexpr int kPart = kThreads * kMine;
 
 struct Tile {
   int expert, first, count, unused;
@@ -18,7 +22,7 @@ struct Lists {
   Tile* tiles;   // (count, max_tiles)
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
-  int count, pairs, max_tiles;
+  int count, parts, max_tiles;  // a list has `parts` parts of kPart pairs, the last may have fewer
 };
 
 struct PrefillRouteParams {
@@ -28,9 +32,11 @@ struct PrefillRouteParams {
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
   Lists up, down;        // down.count is 0 where both kernels use the same lists
+  u32* counts;           // (sorters, kMaxExperts)
+  u32* arrived;          // sorters that have published, zero before; the next kernel makes it zero again
   int* place;            // (pairs) a pair's place in its list of down, or -1
   u32* zeros;            // counters of the kernels that follow
-  int tokens, pairs, hidden, experts, zero_count, ids_are_64;
+  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters;
 };
 
 __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
@@ -39,39 +45,20 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
-constexpr int kAtOnce = 8;  // ids that a thread loads before it looks at them
-
-// Calls body(pair, expert) for each pair of this thread.
-template <class Body>
-__device__ __forceinline__ void each_pair(const PrefillRouteParams& p, int begin, int end,
-                                          Body body) {
-  for (int first = begin + threadIdx.x; first < end; first += kAtOnce * kThreads) {
-    int expert[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int pair = first + i * kThreads;
-      expert[i] = pair < end ? expert_of(p, pair) : -1;
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * kThreads < end) body(first + i * kThreads, expert[i]);
-    }
-  }
-}
-
-__device__ void sort_pairs(const PrefillRouteParams& p, const Lists& lists, int list, bool places,
-                           int* counts, int* sums) {
+// Thread e of the block of part `part`: where expert e's pairs of this part begin in its list. The
+// first part of a list also writes its tiles.
+__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const int begin = list * lists.pairs, end = min(p.pairs, begin + lists.pairs);
-  int* columns = lists.columns + begin;
-  counts[tid] = 0;
-  __syncthreads();
-  each_pair(p, begin, end, [&](int, int expert) {
-    if (expert >= 0) atomicAdd(&counts[expert], 1);
-  });
-  __syncthreads();
-  // Thread e: expert e's tokens in equal tiles, in steps of 16 columns.
-  const int tokens = counts[tid];
+  const int list = part / lists.parts, first_part = list * lists.parts;
+  const int last_part = min(first_part + lists.parts, p.sorters);
+  int before = 0, tokens = 0;
+#pragma unroll 8
+  for (int i = first_part; i < last_part; ++i) {
+    const int n = __ldcg(p.counts + i * kMaxExperts + tid);
+    before += i < part ? n : 0;
+    tokens += n;
+  }
+  // Tiles of equal size, in steps of 16 columns.
   const int tiles = (tokens + kTokens - 1) / kTokens;
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + 15) / 16 * 16 : 0;
   int pair_sum = tokens, tile_sum = tiles;
@@ -80,22 +67,65 @@ __device__ void sort_pairs(const PrefillRouteParams& p, const Lists& lists, int 
     const int b = __shfl_up_sync(0xffffffffu, tile_sum, d);
     if (lane >= d) pair_sum += a, tile_sum += b;
   }
+  __syncthreads();
   if (lane == 31) sums[warp] = pair_sum, sums[kWarps + warp] = tile_sum;
   __syncthreads();
   int first = pair_sum - tokens, tile = tile_sum - tiles;
   for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
-  if (tid == kThreads - 1) lists.header[list] = tile + tiles;
-  Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
-  for (int i = 0; i < tiles; ++i) {
-    out[i] = Tile{tid, first + i * size, min(size, tokens - i * size), 0};
+  if (part == first_part) {
+    if (tid == kThreads - 1) lists.header[list] = tile + tiles;
+    Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
+    for (int i = 0; i < tiles; ++i) {
+      out[i] = Tile{tid, first + i * size, min(size, tokens - i * size), 0};
+    }
   }
-  counts[tid] = first;
+  return first + before;
+}
+
+__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
+                          int* up_first, int* down_first) {
+  const int tid = threadIdx.x, begin = part * kPart;
+  int expert[kMine], rank[kMine];
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid;
+    expert[i] = pair < p.pairs ? expert_of(p, pair) : -1;
+  }
+  counts[tid] = 0;
   __syncthreads();
-  each_pair(p, begin, end, [&](int pair, int expert) {
-    const int at = expert >= 0 ? atomicAdd(&counts[expert], 1) : -1;
-    if (at >= 0) columns[at] = pair;
-    if (places) p.place[pair] = at;
-  });
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+  __syncthreads();
+  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
+  __syncthreads();
+  if (tid == 0) {
+    // The blocks of a grid start in order, so those that are waited for will all get there.
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    atomicAdd(p.arrived, 1u);
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrived) : "memory");
+    } while (seen < static_cast<u32>(p.sorters));
+  }
+  __syncthreads();
+  const bool several = p.down.count > 0;
+  up_first[tid] = place_part(p, p.up, part, sums);
+  if (several) down_first[tid] = place_part(p, p.down, part, sums);
+  __syncthreads();
+  int* up = p.up.columns + part / p.up.parts * p.up.parts * kPart;
+  int* down = several ? p.down.columns + part / p.down.parts * p.down.parts * kPart : nullptr;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid, e = expert[i];
+    if (pair >= p.pairs) continue;
+    int at = -1;
+    if (e >= 0) {
+      at = up_first[e] + rank[i];
+      up[at] = pair;
+      if (several) at = down_first[e] + rank[i], down[at] = pair;
+    }
+    p.place[pair] = at;
+  }
 }
 
 // Four rows, 128 threads each.
@@ -146,7 +176,7 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
-  __shared__ int counts[kMaxExperts];
+  __shared__ int counts[kMaxExperts], up_first[kMaxExperts], down_first[kMaxExperts];
   __shared__ int sums[2 * kWarps];
   pdl_wait();
   pdl_trigger();
@@ -154,12 +184,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   if (block == 0) {
     for (int i = threadIdx.x; i < p.zero_count; i += kThreads) p.zeros[i] = 0;
   }
-  const int sorts = p.up.count + p.down.count;
-  if (block < p.up.count) {
-    sort_pairs(p, p.up, block, p.down.count == 0, counts, sums);
-  } else if (block < sorts) {
-    sort_pairs(p, p.down, block - p.up.count, true, counts, sums);
+  if (block < p.sorters) {
+    sort_part(p, block, counts, sums, up_first, down_first);
   } else {
-    quantize_rows(p, (block - sorts) * kRows, reinterpret_cast<float*>(sums));
+    quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
   }
 }

@@ -23,6 +23,7 @@ struct PrefillUpParams {
   float* inner;          // dynamic: (M * top_k, inner) before quantisation
   u32* claimed;          // zero before
   u32* tile_count;       // dynamic: (lists, max_tiles), zero before
+  u32* arrived;          // route's counter, done with
   int top_k, lists, list_pairs, max_tiles, ring;
 };
 
@@ -140,9 +141,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(128) u8 shared[];
   __shared__ u32 flags[2];
   __shared__ __align__(16) u8 gather[2][kGatherBytes];
-  const Ring ring = make_ring(shared, p.ring);
+  const Ring ring = make_ring(shared, p.ring, 0);
   pdl_wait();
   pdl_trigger();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   if (threadIdx.x >= kConsumers) {
     give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
-from sglang_w4afp8.kernels.hopper.plan import Launch, Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
+from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, SORT_PAIRS, PrefillPlan
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -23,7 +23,7 @@ class _Lists(ctypes.Structure):
     """``Lists`` in prefill_route.cu."""
 
     _fields_ = (
-        ("tiles", _P), ("header", _P), ("columns", _P), ("count", _I), ("pairs", _I),
+        ("tiles", _P), ("header", _P), ("columns", _P), ("count", _I), ("parts", _I),
         ("max_tiles", _I),
     )  # fmt: skip
 
@@ -33,8 +33,9 @@ class _RouteParams(ctypes.Structure):
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("up", _Lists),
-        ("down", _Lists), ("place", _P), ("zeros", _P), ("tokens", _I), ("pairs", _I),
-        ("hidden", _I), ("experts", _I), ("zero_count", _I), ("ids_are_64", _I),
+        ("down", _Lists), ("counts", _P), ("arrived", _P), ("place", _P), ("zeros", _P),
+        ("tokens", _I), ("pairs", _I), ("hidden", _I), ("experts", _I), ("zero_count", _I),
+        ("ids_are_64", _I), ("sorters", _I),
     )  # fmt: skip
 
 
@@ -44,8 +45,8 @@ class _UpParams(ctypes.Structure):
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
         ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
-        ("claimed", _P), ("tile_count", _P), ("top_k", _I), ("lists", _I), ("list_pairs", _I),
-        ("max_tiles", _I), ("ring", _I),
+        ("claimed", _P), ("tile_count", _P), ("arrived", _P), ("top_k", _I),
+        ("lists", _I), ("list_pairs", _I), ("max_tiles", _I), ("ring", _I),
     )  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def launches_prefill(
             **{f"{name} header": part.count * 4 for name, part in lists.items()},
             **{f"{name} tiles": part.count * part.max_tiles * 16 for name, part in lists.items()},
             **{f"{name} columns": pairs * 4 for name in lists},
+            "counts": plan.sorters * MAX_EXPERTS * 4,
             "place": pairs * 4,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
@@ -96,21 +98,22 @@ def launches_prefill(
 
     def described(name: str) -> _Lists:
         part = lists[name]
-        return _Lists(*addresses(name), part.count, part.tokens * top_k, part.max_tiles)
+        parts = -(-part.tokens * top_k // SORT_PAIRS)
+        return _Lists(*addresses(name), part.count, parts, part.max_tiles)
 
-    claimed = at["zeros"]
+    claimed, arrived = at["zeros"], t.counters.data_ptr()
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
         pointer(t.w13_input_scale), described("up"), _Lists() if shared else described("down"),
-        at["place"], claimed, tokens, pairs, layer.hidden, layer.experts, zeros,
-        int(t.topk_ids.dtype == torch.int64),
+        at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
+        zeros, int(t.topk_ids.dtype == torch.int64), plan.sorters,
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
     up_parameters = _UpParams(
         _Weights(t.w13.data_ptr(), t.w13_scale.data_ptr(), 2 * layer.inner, layer.hidden),
         at["xq"], *addresses("up"), at["x_scale"] if dynamic else pointer(t.w13_input_scale),
         pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"], claimed,
-        claimed + 4 * (2 + 2 * steps), top_k, plan.up.count, plan.up.tokens * top_k,
+        claimed + 4 * (2 + 2 * steps), arrived, top_k, plan.up.count, plan.up.tokens * top_k,
         plan.up.max_tiles, up.ring,
     )  # fmt: skip
     down_parameters = _DownParams(

@@ -9,6 +9,7 @@ L2, so that it never becomes a tensor of ``M · top_k · hidden`` values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
@@ -22,6 +23,8 @@ from sglang_w4afp8.kernels.hopper.plan import (
 TILE_TOKENS = 128
 THREADS = 384
 ROUTE_THREADS = 512
+SORT_PAIRS = 4_096
+"""Pairs that a CTA of route sorts."""
 ROUTE_ROWS = 4
 """Rows of x that a CTA of route quantises."""
 QUEUE = 4
@@ -55,8 +58,9 @@ class Lists:
 
     @classmethod
     def of(cls, layer: Layer, tokens: int, most_pairs: float) -> Lists:
-        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens."""
-        size = min(tokens, max(16, int(most_pairs) // layer.top_k // 16 * 16))
+        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
+        step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+        size = min(tokens, max(step, int(most_pairs) // layer.top_k // step * step))
         pairs = size * layer.top_k
         return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
 
@@ -67,6 +71,7 @@ class PrefillPlan:
 
     Attributes:
         launches: route, up, down.
+        sorters: CTAs of route that sort.
         up: lists of gate and up.
         down: lists of down, and of the sums.
         slices: parts of the outputs.
@@ -74,6 +79,7 @@ class PrefillPlan:
     """
 
     launches: tuple[Launch, Launch, Launch]
+    sorters: int
     up: Lists
     down: Lists
     slices: int
@@ -88,8 +94,10 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
     k = shape.stage_k
     weights = 2 * per_wg * (k * 32 + k // group * 128)
     stage = -(-(weights + TILE_TOKENS * k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
-    static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024 + ALIGNMENT
-    ring = min(MAX_RING, (CTA_SHARED_BYTES - static - QUEUE * BARRIER_BYTES) // stage)
+    static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024
+    # Besides stages: where down gathers an item's results, and what alignment may cost.
+    fixed = (0 if up else 2 * TILE_TOKENS * 256) + ALIGNMENT + QUEUE * BARRIER_BYTES
+    ring = min(MAX_RING, (CTA_SHARED_BYTES - static - fixed) // stage)
     kernel = Kernel(
         "prefill_up.cu" if up else "prefill_down.cu",
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
@@ -102,7 +110,7 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
             ("W4_DYNAMIC", int(layer.dynamic)),
         ),
     )
-    shared = ALIGNMENT + ring * stage + QUEUE * BARRIER_BYTES
+    shared = fixed + ring * stage
     return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
 
 
@@ -120,14 +128,15 @@ def plan_prefill(layer: Layer, tokens: int, sms: int, local_share: float = 1.0) 
     expected = max(1, int(down.tokens * layer.top_k * local_share))
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // expected))
-    sorts = up.count + (down.count if down != up else 0)
+    sorters = -(-tokens * layer.top_k // SORT_PAIRS)
     route = Launch(
         Kernel("prefill_route.cu", "w4a8_prefill_route"),
-        (sorts + -(-tokens // ROUTE_ROWS), 1),
+        (sorters + -(-tokens // ROUTE_ROWS), 1),
         ROUTE_THREADS,
     )
     return PrefillPlan(
         launches=(route, _matrix(layer, sms, True), _matrix(layer, sms, False)),
+        sorters=sorters,
         up=up,
         down=down,
         slices=-(-blocks // slice_blocks),
