@@ -166,7 +166,8 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
       if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
       __syncwarp();
       if (count > 0) {
-        bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
+        if (PROBE & 256) bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full, evict_first_policy());
+        else bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
       }
       from += beside * tile_bytes;
       place.advance(ring.size);

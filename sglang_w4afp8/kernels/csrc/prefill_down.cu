@@ -192,7 +192,12 @@ struct DownBody {
     fence_async_proxy();
     named_sync(1 + wg, 128);
     if ((threadIdx.x & 127) == 0) {
-      bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
+      if (PROBE & 128) {
+        u64 policy;
+        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(buffer(step, item().block - item().tile * p.slice_blocks, wg) + static_cast<u64>(item().first) * 256), "r"(out_at + wg * kOutBytes), "r"(count * 256), "l"(policy) : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      } else if (!(PROBE & 32)) bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
                      static_cast<u64>(item().first) * 256,
                  out_at + wg * kOutBytes, count * 256);
     }
@@ -229,6 +234,10 @@ struct DownBody {
           v[i][j] = make_uint4(0, 0, 0, 0);
           if (row >= 0) {
             const u32 piece = ((lane & 15) ^ (row & 7)) * 16;
+            if (PROBE & 512) {
+              u64 policy; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+              asm volatile("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;" : "=r"(v[i][j].x), "=r"(v[i][j].y), "=r"(v[i][j].z), "=r"(v[i][j].w) : "l"(from + static_cast<u64>(row) * 256 + piece), "l"(policy) : "memory");
+            } else
             v[i][j] = __ldcg(
                 reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 256 + piece));
           }
