@@ -50,7 +50,7 @@ def test_plan_obeys_limits() -> None:
 
 
 def test_prefill_begins_beyond_the_last_limit() -> None:
-    assert not plan.takes_prefill(TP8, 1 << 20), "without a table it is not taken"
+    assert [plan.takes_prefill(TP8, m) for m in (1023, 1024)] == [False, True], "without a table"
     layer = replace(TP8, limits=limits(large=700))
     assert [plan.takes_prefill(layer, m) for m in (1, 700, 701, 1 << 20)] == [False] * 2 + [
         True
@@ -73,8 +73,9 @@ def test_kernels_of_all_limits_are_built_ahead() -> None:
     for tokens in range(1, 300):
         assert {launch.kernel for launch in plan.plan(layer, tokens, 132).launches} <= ahead
     prefill = {launch.kernel for launch in plan_prefill(TP8, 4096, 132).launches}
-    assert not prefill & ahead, "nobody waits for kernels that no call takes"
-    assert prefill <= set(plan.kernels(replace(TP8, limits=limits(large=700)), 132))
+    assert prefill <= ahead
+    never = replace(TP8, limits=limits(large=plan.UNLIMITED))
+    assert not prefill & set(plan.kernels(never, 132)), "kernels that no call takes"
 
 
 def test_the_users_table_wins_then_the_committed_then_defaults() -> None:
@@ -202,7 +203,7 @@ def test_the_log_says_which_table_once(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             tables.log_once(TP8, CARD)
-    told = "small to 5 tokens, medium to 77 tokens, large beyond"
+    told = "small to 5 tokens, medium to 77 tokens, large to 1023 tokens, prefill beyond"
     assert caplog.text.count(told) == 1 and str(path) in caplog.text
     assert tables.words(Limits(0, 64, 900)) == (
         "medium to 64 tokens, large to 900 tokens, prefill beyond"

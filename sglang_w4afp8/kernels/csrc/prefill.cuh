@@ -37,9 +37,6 @@ constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeig
 constexpr int kConsumers = 256;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kQueue = 4;  // items that are claimed ahead
-#ifndef PROBE
-#define PROBE 0
-#endif
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
 
@@ -162,12 +159,10 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
     for (int step = 0; step < stages; ++step) {
       const u32 full = ring.weights_full(place.slot);
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      if (PROBE & 2) { if (lane == 0) barrier_arrive(full); place.advance(ring.size); continue; }
       if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
       __syncwarp();
       if (count > 0) {
-        if (PROBE & 256) bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full, evict_first_policy());
-        else bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
+        bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
       }
       from += beside * tile_bytes;
       place.advance(ring.size);
@@ -210,7 +205,7 @@ __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* co
         for (int panel = 0; panel < kK / kPanel; ++panel) {
 #pragma unroll
           for (int j = 0; j < kMine; ++j) {
-            if (from[j] != kNoRow && !(PROBE & 1)) {
+            if (from[j] != kNoRow) {
               async_copy16(to + j * 2 * kRowsAtOnce * kPanel, at + static_cast<u64>(from[j]) * 16);
             }
           }
@@ -302,7 +297,6 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       Fragment& then = f[(at + 1) & 1];
       float part[kN / 2];
       pin(part);
-      if (PROBE & 16) asm volatile("bar.sync %0, 256;" ::"r"(4 + wg) : "memory");
       mma_fence();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
@@ -310,7 +304,6 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
                        b + column_step(group * kSteps + j), j);
       }
       mma_commit();
-      if (PROBE & 16) asm volatile("bar.arrive %0, 256;" ::"r"(5 - wg) : "memory");
       if (at + 1 < kParts) {
         load_fragment(then, codes + w_at, scales + s_at, (at + 1) % kPerWg, (at + 1) / kPerWg);
       } else if (!last_half) {
@@ -351,12 +344,8 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
     case 4: return body.template run<64>();
     case 5: return body.template run<80>();
     case 6: return body.template run<96>();
-#ifdef TEST_ONE
-    default: return body.template run<TEST_ONE>();
-#else
     case 7: return body.template run<112>();
     default: return body.template run<128>();
-#endif
   }
 }
 

@@ -1,9 +1,9 @@
 // Down of the prefill path: w2 times the FP8 products, and the sum over each token's experts.
 //
-// What a pair contributes to 256 outputs goes through `y`, a ring of buffers small enough to stay in
-// L2: while one slice (a few blocks of 256 outputs, for one list of tokens) is multiplied, an earlier one
-// is added up in the order of top_k, so that y is never in device memory and results do not depend
-// on timing. Items, in order: for each slice its matrix items, then the sums of the slice before.
+// What the pairs contribute goes through `y`, a ring of three slices (a few blocks of 256 outputs, for
+// one list of tokens each): while one slice is multiplied, the one before is added up in the order of
+// top_k, so results do not depend on timing and no tensor of all contributions is needed. Items, in
+// order: for each slice its matrix items, then the sums of the slice before.
 //
 // 256 bytes of y hold the 128 outputs of a pair that one warpgroup has, as its threads have them:
 // [warp][g 8][row tile 2][row half 2], in 16-byte pieces of which piece i of the pair in row r is at
@@ -127,15 +127,18 @@ struct DownBody {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(count), "r"(items) : "memory");
     }
-    __syncwarp();
-    memory().items = 0;
-    __syncwarp();
+    set(memory().items, 0);
   }
   __device__ __forceinline__ void remember(int kind, int step) {
-    __syncwarp();
     const int items = memory().items;
+    set(memory().items, items + 1);
+    set(memory().kind, kind);
+    set(memory().step, step);
+  }
+  // A whole warp writes what a whole warp reads.
+  __device__ __forceinline__ static void set(int& field, int value) {
     __syncwarp();
-    memory().kind = kind, memory().step = step, memory().items = items + 1;
+    field = value;
     __syncwarp();
   }
 
@@ -152,10 +155,10 @@ struct DownBody {
     const int step = uniform(item().slice), old = step - kBuffers;
     count_in(kMatrix, step);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    if (!(PROBE & 8) && old >= 0 && uniform(memory().free_before) <= old) {
+    if (old >= 0 && uniform(memory().free_before) <= old) {
       wait_count(p.done + old * 2 + 1,
                  2 * sum_items(p, old % p.lists, blocks_of(p, old / p.lists)));
-      memory().free_before = old + 1;
+      set(memory().free_before, old + 1);
     }
     const float b_scale = W4_DYNAMIC != 0 ? 0.0f : *p.b_scale * 512.0f;
     if ((threadIdx.x & 127) == 0) bulk_store_wait_read();  // of the item before
@@ -192,12 +195,7 @@ struct DownBody {
     fence_async_proxy();
     named_sync(1 + wg, 128);
     if ((threadIdx.x & 127) == 0) {
-      if (PROBE & 128) {
-        u64 policy;
-        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(buffer(step, item().block - item().tile * p.slice_blocks, wg) + static_cast<u64>(item().first) * 256), "r"(out_at + wg * kOutBytes), "r"(count * 256), "l"(policy) : "memory");
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      } else if (!(PROBE & 32)) bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
+      bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
                      static_cast<u64>(item().first) * 256,
                  out_at + wg * kOutBytes, count * 256);
     }
@@ -213,7 +211,7 @@ struct DownBody {
     const int list = item().list, slice = item().tile, block = item().block;
     if (uniform(memory().whole_before) <= step) {
       wait_count(p.done + step * 2, 2 * p.header[list] * blocks_of(p, slice));
-      memory().whole_before = step + 1;
+      set(memory().whole_before, step + 1);
     }
     const int local = item().first + (threadIdx.x >> 5) * kTokensOfWarp;
     const int here = min(kTokensOfWarp, list_tokens(p, list) - local);
@@ -234,10 +232,6 @@ struct DownBody {
           v[i][j] = make_uint4(0, 0, 0, 0);
           if (row >= 0) {
             const u32 piece = ((lane & 15) ^ (row & 7)) * 16;
-            if (PROBE & 512) {
-              u64 policy; asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-              asm volatile("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;" : "=r"(v[i][j].x), "=r"(v[i][j].y), "=r"(v[i][j].z), "=r"(v[i][j].w) : "l"(from + static_cast<u64>(row) * 256 + piece), "l"(policy) : "memory");
-            } else
             v[i][j] = __ldcg(
                 reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 256 + piece));
           }
@@ -315,7 +309,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers();
-  if ((PROBE & 16) && threadIdx.x >= 128) asm volatile("bar.arrive %0, 256;" ::"r"(4) : "memory");
   memories[threadIdx.x >> 5] = Memory{};
   __syncwarp();
   DownBody body{p, ring, ring.end, Reader{}, Place{}};
@@ -324,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
     if (kind == kCombine) {
-      if (!(PROBE & 4)) body.sum(); else { body.count_in(kCombine, item.slice); body.remember(kCombine, item.slice); }
+      body.sum();
     } else {
       with_columns(item.count, body);
     }

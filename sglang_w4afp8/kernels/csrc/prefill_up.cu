@@ -161,7 +161,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   take_registers();
-  if ((PROBE & 16) && threadIdx.x >= 128) asm volatile("bar.arrive %0, 256;" ::"r"(4) : "memory");
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const float q_scale = kDynamic ? 1.0f : *p.q_scale;
   UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), b_scale, q_scale,
