@@ -84,10 +84,12 @@ def timed_rows(prefill: bool) -> list[dict[str, Any]]:
     """The rows with times; of a cell that several files have, the first counts."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in moe_results(prefill).values():
+        device = result["device"].removeprefix("NVIDIA ")
         for row in result["rows"]:
             if row.get("us") is not None:
-                key = row["shape"], row["routing"], row["m"], row["provider"]
-                rows.setdefault(key, row | {"device": result["device"].removeprefix("NVIDIA ")})
+                shape = row["shape"] + (", −8…7" if result.get("codes") == 16 else "")
+                key = shape, row["routing"], row["m"], row["provider"]
+                rows.setdefault(key, row | {"shape": shape, "device": device})
     return list(rows.values())
 
 
@@ -95,7 +97,7 @@ def peers_table(prefill: bool = False) -> str:
     """Every kernel's microseconds in one run, and how many times ours that is."""
 
     def cell(row: dict[str, Any]) -> str:
-        ratio = f" ({row['times_ours']:.1f}×)" if "times_ours" in row else ""
+        ratio = f" ({row['times_ours']:.2f}×)" if "times_ours" in row else ""
         return f"{row['us']:.1f}{ratio}"
 
     return _by_provider(timed_rows(prefill), cell)
@@ -189,19 +191,22 @@ def scaling_table() -> str:
 
 
 def cutlass_table() -> str:
-    """SGLang's own W4AFP8 kernel at the shapes of ``benchmarks/results/moe-*.json``."""
+    """SGLang's own W4AFP8 kernel in ``benchmarks/results/moe-*.json``: uniform, codes −7 … 7."""
     lines = [
         "| Shape | M | us | Device | SGLang | sglang-kernel | Commit | File |",
         "|---|--:|--:|---|---|---|---|---|",
     ]
     for name, result in moe_results().items():
         libraries = result.get("libraries", {})
+        if result.get("codes") == 16:
+            continue
         for row in result["rows"]:
-            if row["provider"] == "sglang-cutlass" and row.get("us") is not None:
+            timed = row.get("us") is not None and row["routing"] == "uniform"
+            if row["provider"] == "sglang-cutlass" and timed:
                 lines.append(
                     f"| {row['shape']} | {row['m']} | {row['us']:.1f} | {result['device']} | "
                     f"{libraries.get('sglang', '—')} | {libraries.get('sglang-kernel', '—')} | "
-                    f"`{result['commit']}` | `{name}` |"
+                    f"`{result['commit'][:7]}` | `{name}` |"
                 )
     return "\n".join(lines)
 
