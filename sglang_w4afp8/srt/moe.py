@@ -131,7 +131,10 @@ class ShardedW4AFp8MoEMethod(DispatchedRows, W4AFp8MoEMethod):
             raise ConfigError(
                 f"{self.prefix}: one tensor holds all experts of a projection",
                 "packed INT4 experts are stored one by one, as in every public W4AFP8 checkpoint",
-                ["convert the checkpoint: sglang-w4afp8 convert SRC DST"],
+                [
+                    "save the source with a tensor for each expert, then sglang-w4afp8 convert",
+                    "serve with the quantization method that the checkpoint was made for",
+                ],
             )
         full_size = extra_weight_attrs.pop(
             "moe_intermediate_size", intermediate_size_per_partition * layer.moe_tp_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import subprocess
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from sglang_w4afp8 import __version__
+from sglang_w4afp8.tools.versions import version_of
 
 LIBRARIES = (
     "sglang", "sglang-kernel", "sgl-deep-gemm", "humming-kernels", "flashinfer-python", "triton",
@@ -27,7 +27,7 @@ def environment(commit: str | None) -> dict[str, Any]:
         "driver": driver[0] if driver else "unknown",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: version_of(name) for name in LIBRARIES},
         "sglang_w4afp8": __version__,
         "commit": commit or _commit(),
     }
@@ -47,13 +47,6 @@ def _lines(*command: str) -> list[str]:
     except OSError:
         return []
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def gpu_word(device: str) -> str:

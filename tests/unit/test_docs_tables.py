@@ -85,7 +85,7 @@ def test_prefill_results_have_their_own_tables(
     assert "225.0" in tables["kernels"] and "700.0" not in tables["kernels"] + tables["peers"]
     assert "| H100 | r1-tp8 | uniform | 4096 | 700.0 |" in tables["prefill"]
     assert "| 25 |" in tables["prefill"] and "225.0" not in tables["prefill"]
-    assert "| r1-tp8 | uniform | 4096 | 700.0 | 900.0 (2.0×) |" in tables["prefill-peers"]
+    assert "| r1-tp8 | uniform | 4096 | 700.0 | 900.0 (2.00×) |" in tables["prefill-peers"]
     assert "800.0" not in tables["prefill-peers"] and "880.0" in tables["prefill-peers"]
     assert "deepgemm" not in tables["prefill-peers"]
     assert "| r1-tp8 | uniform | 4096 | 2048 | 2048 |" in tables["prefill-memory"]

@@ -88,6 +88,8 @@ def test_every_kernel_of_a_plan_is_built_ahead() -> None:
         ((7168, 48, 256, 128, 16), "intermediate size of this rank 48"),
         ((7184, 64, 256, 16, 64), "hidden size 7184"),
         ((7168, 256, 600, 128, 128), "600 experts"),
+        ((128, 256, 8, 128, 128), "hidden size 128"),
+        ((192, 256, 8, 64, 128), None),
         ((7168, 256, 64, 16, 128), "group of 16"),
     ],
 )
