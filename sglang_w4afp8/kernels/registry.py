@@ -82,7 +82,11 @@ def select(problem: MoEProblem, wanted: str | None = None) -> MoEBackend:
         return backend
     if not usable:
         reasons = "; ".join(f"{verdict.backend}: {verdict.reason}" for verdict in verdicts)
-        raise BackendError(f"no backend for {_describe(problem)}", reasons)
+        raise BackendError(
+            f"no backend for {_describe(problem)}",
+            reasons,
+            ["another --tp or --ep-size, where the reason is a size: sglang-w4afp8 plan MODEL"],
+        )
     return get_backend(usable[0])
 
 

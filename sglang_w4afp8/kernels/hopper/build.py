@@ -24,6 +24,10 @@ from sglang_w4afp8.errors import HostError
 from sglang_w4afp8.kernels.hopper.plan import Kernel
 
 ARCH = "sm_90a"
+WAYS_AROUND = (
+    "export SGLANG_W4AFP8_MOE_BACKEND=cutlass (SGLang's own kernel)",
+    "report it with the lines above: sglang-w4afp8 doctor prints the versions",
+)
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
@@ -103,7 +107,8 @@ def _compile_nvrtc(library: ctypes.CDLL, kernel: Kernel) -> bytes:
     def check(code: int) -> None:
         if code:
             library.nvrtcGetErrorString.restype = ctypes.c_char_p
-            raise HostError(f"nvrtc on {kernel}", library.nvrtcGetErrorString(code).decode())
+            text = library.nvrtcGetErrorString(code).decode()
+            raise HostError(f"nvrtc on {kernel}", text, WAYS_AROUND)
 
     check(
         library.nvrtcCreateProgram(
@@ -124,7 +129,8 @@ def _compile_nvrtc(library: ctypes.CDLL, kernel: Kernel) -> bytes:
             library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
-            raise HostError(f"nvrtc failed on {kernel}", log.value.decode(errors="replace"))
+            text = log.value.decode(errors="replace")
+            raise HostError(f"nvrtc failed on {kernel}", text, WAYS_AROUND)
         check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         cubin = ctypes.create_string_buffer(size.value)
         check(library.nvrtcGetCUBIN(program, cubin))
@@ -141,7 +147,7 @@ def _compile_nvcc(kernel: Kernel) -> bytes:
         command += [*_options(kernel), "-o", str(target), str(CSRC / kernel.source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise HostError(f"nvcc failed on {kernel}", done.stderr)
+            raise HostError(f"nvcc failed on {kernel}", done.stderr, WAYS_AROUND)
         return target.read_bytes()
 
 

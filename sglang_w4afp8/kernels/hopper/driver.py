@@ -9,7 +9,7 @@ import ctypes
 from functools import lru_cache
 
 from sglang_w4afp8.errors import HostError
-from sglang_w4afp8.kernels.hopper.build import cubin
+from sglang_w4afp8.kernels.hopper.build import WAYS_AROUND, cubin
 from sglang_w4afp8.kernels.hopper.plan import Kernel, Launch
 
 _ATTRIBUTE_PROGRAMMATIC_SERIALIZATION = 6
@@ -50,7 +50,11 @@ def _driver() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise HostError("libcuda.so.1", f"the CUDA driver cannot be loaded: {error}") from error
+        raise HostError(
+            "libcuda.so.1",
+            f"the CUDA driver cannot be loaded: {error}",
+            ["in a container: start it with --gpus all", "nvidia-smi says whether there is one"],
+        ) from error
     library.cuLaunchKernelEx.argtypes = [
         ctypes.POINTER(_Config),
         ctypes.c_void_p,
@@ -64,7 +68,8 @@ def _check(code: int, what: str) -> None:
     if code:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise HostError(what, f"CUDA error {code}: {(text.value or b'?').decode()}")
+        error = f"CUDA error {code}: {(text.value or b'?').decode()}"
+        raise HostError(what, error, WAYS_AROUND)
 
 
 class Function:
