@@ -2,8 +2,9 @@
 
     python benchmarks/hopper_parts.py --shape r1-tp8 r1-tp16 --tokens 1 16 64 --json parts.json
 
-"alone" repeats one launch with all arguments of a completed call, without the others around it and
-without early start, so parts add up to more than the layer.
+With ``--parts``, one launch is repeated with all arguments of a completed call, without the others
+around it and without early start, so parts add up to more than the layer. The launches of ``prefill``
+count items that their predecessors reset: there, the first one, two and three are timed together.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ def _measure(
     row["layer_us"] = _median(lambda: whole(False), count)
     row["chained_us"] = _median(lambda: whole(True), count)
     for number, (part, _) in enumerate(work[0] if options.parts else []):
-        name = f"{number}:{part.kernel.entry}"
+        together = path == "prefill"
+        name = f"{'to ' if together else ''}{number}:{part.kernel.entry}"
+        first = 0 if together else number
         row[name] = _median(
-            lambda n=number: [launch.start([item[n]], device) for item in work], count
+            lambda f=first, n=number: [launch.start(item[f : n + 1], device) for item in work],
+            count,
         )
     return row
 
@@ -120,7 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", nargs="+", default=["r1-tp8", "r1-tp16", "r1-tp32"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 64, 256])
-    parser.add_argument("--path", nargs="+", default=["small", "medium", "large"])
+    paths = ["small", "medium", "large", "prefill"]
+    parser.add_argument("--path", nargs="+", choices=paths, default=paths[:3])
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--tune", nargs="*", default=[], help="see _tuned")
     parser.add_argument("--parts", action="store_true", help="time each launch alone, too")
