@@ -3,7 +3,7 @@
     python benchmarks/hopper_parts.py --shape r1-tp8 r1-tp16 --tokens 1 16 64 --json parts.json
 
 With ``--parts``, one launch is repeated with all arguments of a completed call, without the others
-around it and without early start, so parts add up to more than the layer. The launches of ``prefill``
+around it and without early start, so parts add up to more than the layer. Launches of ``prefill``
 count items that their predecessors reset: there, the first one, two and three are timed together.
 """
 
