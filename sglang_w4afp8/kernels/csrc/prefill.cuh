@@ -49,7 +49,11 @@ enum Kind { kEnd, kMatrix, kCombine };
 
 struct __align__(16) Item {
   int kind, expert, first, count;
-  int tile, block, slice, list;
+  union {
+    int tile;   // up: number of the tile
+    int slice;  // down: part of the outputs
+  };
+  int block, step, list;  // block of kRowTiles row tiles; down: step, see Order
 };
 
 struct Queue {
@@ -106,9 +110,6 @@ __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* count
 constexpr int kReaders = kConsumers / 32 + 3;
 struct Reader {
   int number = 0;
-  __device__ __forceinline__ bool ready(const Ring& ring) const {
-    return barrier_try(ring.queue_bars + number % kQueue * 16, (number / kQueue) & 1);
-  }
   __device__ __forceinline__ const Item& wait(const Queue& queue, const Ring& ring) {
     const int slot = number % kQueue;
     barrier_wait(ring.queue_bars + slot * 16, (number / kQueue) & 1);

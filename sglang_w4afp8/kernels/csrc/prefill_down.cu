@@ -76,14 +76,14 @@ struct Order {
         const int i = at / blocks;
         const Tile tile = p.tiles[list * p.max_tiles + i];
         item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
-        item.count = tile.count, item.tile = slice, item.slice = step, item.list = list;
+        item.count = tile.count, item.slice = slice, item.step = step, item.list = list;
         item.block = slice * p.slice_blocks + (at - i * blocks);
         return item;
       }
       if (at < matrix + sums) {
         const int i = (at - matrix) / old_blocks;
-        item.kind = kCombine, item.first = i * kSumTokens, item.slice = step - 1;
-        item.list = old_list, item.tile = old_slice;
+        item.kind = kCombine, item.first = i * kSumTokens, item.step = step - 1;
+        item.list = old_list, item.slice = old_slice;
         item.block = old_slice * p.slice_blocks + (at - matrix - i * old_blocks);
         return item;
       }
@@ -152,7 +152,7 @@ struct DownBody {
   __device__ __forceinline__ void run() {
     float acc[2][kN / 2];
     multiply<kN>(acc, p.weights.k / kSpan, ring, place);
-    const int step = uniform(item().slice), old = step - kBuffers;
+    const int step = uniform(item().step), old = step - kBuffers;
     count_in(kMatrix, step);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     if (old >= 0 && uniform(memory().free_before) <= old) {
@@ -195,7 +195,7 @@ struct DownBody {
     fence_async_proxy();
     named_sync(1 + wg, 128);
     if ((threadIdx.x & 127) == 0) {
-      bulk_store(buffer(step, item().block - item().tile * p.slice_blocks, wg) +
+      bulk_store(buffer(step, item().block - item().slice * p.slice_blocks, wg) +
                      static_cast<u64>(item().first) * 256,
                  out_at + wg * kOutBytes, count * 256);
     }
@@ -206,9 +206,9 @@ struct DownBody {
   // knows where token i's k-th expert put its part. All parts travel together.
   __device__ __forceinline__ void sum() {
     constexpr int kTokensOfWarp = kSumTokens / (kConsumers / 32);
-    const int lane = threadIdx.x & 31, step = uniform(item().slice);
+    const int lane = threadIdx.x & 31, step = uniform(item().step);
     count_in(kCombine, step);
-    const int list = item().list, slice = item().tile, block = item().block;
+    const int list = item().list, slice = item().slice, block = item().block;
     if (uniform(memory().whole_before) <= step) {
       wait_count(p.done + step * 2, 2 * p.header[list] * blocks_of(p, slice));
       set(memory().whole_before, step + 1);
