@@ -358,12 +358,16 @@ def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
 
 
 def most_tokens(layer: Layer, sms: int) -> int:
-    """The largest M for which :data:`COUNTERS` are enough.
+    """The largest M of one call: :data:`COUNTERS` must be enough.
 
     The widest tiles have 64 tokens, and every expert may end with one that is not full; narrower
-    ones are chosen only while there are fewer of them than experts.
+    ones are chosen only while there are fewer of them than experts. And the CTAs that sort for
+    ``prefill`` wait for each other, so all must be resident, two to an SM.
     """
-    return (COUNTERS - 4 * sms - 2 * layer.experts) * TILE_TOKENS[-1] // layer.top_k
+    from sglang_w4afp8.kernels.hopper.plan_prefill import SORT_PAIRS
+
+    counted = (COUNTERS - 4 * sms - 2 * layer.experts) * TILE_TOKENS[-1]
+    return min(counted, 2 * sms * SORT_PAIRS) // layer.top_k
 
 
 def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
