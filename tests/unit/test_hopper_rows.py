@@ -6,14 +6,20 @@ The emulations follow ``csrc/masked.cu`` and ``csrc/row_scales.cuh`` line by lin
 from __future__ import annotations
 
 import ctypes
-import re
 from itertools import product
 
 import pytest
 import torch
+from kernel_source import c_offsets
 
-from sglang_w4afp8.kernels.hopper import backend, launch, launch_rows, plan, plan_rows
-from sglang_w4afp8.kernels.hopper.build import CSRC
+from sglang_w4afp8.kernels.hopper import (
+    backend,
+    launch,
+    launch_prefill,
+    launch_rows,
+    plan,
+    plan_rows,
+)
 from sglang_w4afp8.kernels.hopper.plan import Layer
 from sglang_w4afp8.kernels.registry import select
 from sglang_w4afp8.layer import Device, MoEProblem
@@ -162,32 +168,6 @@ def test_normal_rows_are_one_expert_to_the_scales() -> None:
     assert launch_rows._strided(transposed)[1:] == (40, 40, 1, 40)  # the first is times 0
 
 
-SIZES = {"int": 4, "u32": 4, "float": 4}
-
-
-def c_offsets(source: str, struct: str) -> tuple[list[tuple[str, int]], int]:
-    """Names and offsets of a struct of ours as C lays them out, with all its ``#if`` parts."""
-    text = (CSRC / source).read_text()
-    body = re.search(rf"struct {struct} {{\n(.*?)\n}};", text, re.S)
-    assert body is not None
-    at, align, fields = 0, 1, []
-    for line in body[1].splitlines():
-        line = line.split("//")[0].strip()
-        if not line or line.startswith("#"):
-            continue
-        kind, names = re.fullmatch(r"((?:const )?\w+\*?) (.*);", line).groups()  # type: ignore
-        if kind == "Join":
-            size, alignment = 24, 8
-        else:
-            size = alignment = 8 if kind.endswith("*") else SIZES[kind]
-        for name in names.split(", "):
-            at = -(-at // alignment) * alignment
-            fields.append((name, at))
-            at += size
-        align = max(align, alignment)
-    return fields, -(-at // align) * align
-
-
 @pytest.mark.parametrize(
     ("source", "struct", "ours"),
     [
@@ -195,6 +175,11 @@ def c_offsets(source: str, struct: str) -> tuple[list[tuple[str, int]], int]:
         ("masked.cu", "MaskedParams", launch_rows._MaskedParams),
         ("route.cu", "RouteParams", launch.RouteParams),
         ("combine.cu", "CombineParams", launch.CombineParams),
+        ("prefill.cuh", "Weights", launch_prefill._Weights),
+        ("prefill_route.cu", "Lists", launch_prefill._Lists),
+        ("prefill_route.cu", "PrefillRouteParams", launch_prefill._RouteParams),
+        ("prefill_up.cu", "PrefillUpParams", launch_prefill._UpParams),
+        ("prefill_down.cu", "PrefillDownParams", launch_prefill._DownParams),
     ],
 )
 def test_arguments_lie_where_the_kernel_looks(source: str, struct: str, ours: type) -> None:

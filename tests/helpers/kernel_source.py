@@ -1,0 +1,146 @@
+"""What tests read out of the CUDA sources: layouts of structs, constants, index expressions.
+
+Emulations of index arithmetic take the expressions from the source itself, so that a change of the
+kernel shows in the test.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from types import CodeType
+from typing import Any
+
+from sglang_w4afp8.kernels.hopper.build import CSRC
+
+SIZES = {"int": 4, "u32": 4, "float": 4}
+
+
+def c_offsets(source: str, struct: str) -> tuple[list[tuple[str, int]], int]:
+    """Names and offsets of a struct of ours as C lays them out, with all its ``#if`` parts."""
+    text = (CSRC / source).read_text()
+    body = re.search(rf"struct {struct} {{\n(.*?)\n}};", text, re.S)
+    assert body is not None
+    at, align, fields = 0, 1, []
+    for line in body[1].splitlines():
+        line = line.split("//")[0].strip()
+        if not line or line.startswith("#"):
+            continue
+        kind, names = re.fullmatch(r"((?:const )?\w+\*?) (.*);", line).groups()  # type: ignore
+        if kind.endswith("*"):
+            size = alignment = 8
+        elif kind in SIZES:
+            size = alignment = SIZES[kind]
+        else:  # a struct with pointers in it
+            (home,) = (p for p in CSRC.iterdir() if f"struct {kind} {{" in p.read_text())
+            size, alignment = c_offsets(home.name, kind)[1], 8
+        for name in names.split(", "):
+            at = -(-at // alignment) * alignment
+            fields.append((name, at))
+            at += size
+        align = max(align, alignment)
+    return fields, -(-at // align) * align
+
+
+def _split(text: str) -> list[str]:
+    """At the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def _python(text: str) -> str:
+    """A C expression of integers in Python."""
+    out, i = "", 0
+    while i < len(text):
+        if text[i] != "(":
+            out += text[i]
+            i += 1
+            continue
+        depth, end = 1, i
+        while depth:
+            end += 1
+            depth += (text[end] == "(") - (text[end] == ")")
+        out += "(" + ", ".join(_python(part) for part in _split(text[i + 1 : end])) + ")"
+        i = end + 1
+    choice = re.fullmatch(r"([^?]*)\?([^?:]*):(.*)", out)
+    if choice:
+        return f"(({choice[2]}) if ({choice[1]}) else ({_python(choice[3])}))"
+    return out
+
+
+@cache
+def _compiled(text: str) -> CodeType:
+    text = " ".join(re.sub(r"//.*", "", text).split())
+    text = re.sub(r"static_cast<\w+>", "", text)
+    text = re.sub(r"\b(0x[0-9a-f]+?|\d+)(?:ull|u)\b", r"\1", text)
+    text = re.sub(r"\bfrom\b", "from_", text)  # a word of Python's
+    text = text.replace("&&", " and ").replace("||", " or ")
+    return compile(_python(f"({text})").replace("/", "//"), text, "eval")
+
+
+def c_value(text: str, scope: dict[str, Any]) -> Any:
+    """The value of an expression; ``scope`` has the names in it, as integers or arrays of them."""
+    return eval(_compiled(text), {"min": min, "from_": scope.get("from")}, scope)
+
+
+@cache
+def c_text(source: str) -> str:
+    """A file after the files of ours that it includes."""
+    text = (CSRC / source).read_text()
+    before = [c_text(name) for name in re.findall(r'^#include "(.*)"', text, re.M)]
+    return "\n".join([*before, text])
+
+
+def c_constants(source: str, defines: dict[str, int]) -> dict[str, int]:
+    """The ``constexpr`` integers at the outermost level of a file, and the macros."""
+    scope = dict(defines)
+    found = re.findall(r"^constexpr (?:int|u32|bool) (.*?);", c_text(source), re.M | re.S)
+    for part in (part for line in found for part in _split(line)):
+        name, text = re.split(r"\s=\s", part, maxsplit=1)
+        scope[name.strip()] = c_value(text, scope)
+    return scope
+
+
+@cache
+def c_find(source: str, within: tuple[str, ...], name: str) -> str:
+    """What ``name`` is set to, first seen after the strings of ``within`` in their order.
+
+    ``return`` stands for what is returned, ``name(`` for a call's arguments, ``name +=`` for what
+    is added.
+    """
+    text, start = (CSRC / source).read_text(), 0
+    for marker in within:
+        start = text.index(marker, start)
+    if name == "return":
+        pattern = r"return (.*?);"
+    elif name.endswith("("):
+        pattern = rf"\b{re.escape(name)}(.*?)\);"
+    else:
+        operator = "" if name.endswith("+=") else " ="
+        pattern = rf"(?<![\w.]){re.escape(name)}{operator} (.*?);"
+    found = re.compile(pattern, re.S).search(text, start)
+    assert found is not None, (source, within, name)
+    # `a = 1, b = 2;` sets two names
+    return found[1] if name.endswith("(") else _split(found[1])[0]
+
+
+def c_locals(source: str, within: str, names: str, scope: dict[str, Any]) -> dict[str, Any]:
+    """``scope`` and the names (separated by blanks) as the source sets them, one after the other.
+
+    Args:
+        source: a file of ``csrc/``.
+        within: strings separated by `` > `` after which the names are looked for.
+        names: what is set.
+        scope: values of other names; not changed.
+    """
+    scope = dict(scope)
+    for name in names.split():
+        text = c_find(source, tuple(within.split(" > ")), name)
+        scope[name] = c_value(text, scope)
+    return scope

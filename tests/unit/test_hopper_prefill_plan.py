@@ -1,0 +1,170 @@
+"""Plans of the prefill path: every token and output covered, every limit kept."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise, product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_source import c_constants, c_find, c_offsets, c_value
+
+from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
+from sglang_w4afp8.kernels.hopper.launch import Tensors
+from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, MAX_EXPERTS, Layer, most_tokens
+from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
+
+LAYERS = [
+    Layer(256, 7168, 256, 128, 128, 8, False, False),  # TP8
+    Layer(256, 7168, 128, 128, 128, 8, False, True),  # TP16
+    Layer(256, 7168, 64, 128, 64, 8, True, False),  # TP32
+    Layer(32, 7168, 2048, 128, 128, 8, False, False),  # EP8
+    Layer(128, 4096, 192, 128, 64, 8, False, False),
+    Layer(128, 2048, 384, 128, 128, 10, False, True),
+    Layer(160, 5120, 192, 128, 32, 6, False, False),
+    Layer(16, 640, 64, 32, 32, 6, True, True),
+    Layer(16, 704, 64, 64, 64, 1, True, False),
+    Layer(8, 192, 320, 64, 64, 3, False, False),
+    Layer(8, 256, 448, 32, 32, 2, False, True),
+    Layer(MAX_EXPERTS, 7168, 512, 128, 128, 9, False, False),
+]
+TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(400, 40_001, 1800)})
+
+
+def kernel_bytes(source: str, c: dict[str, int], ring: int) -> tuple[int, int]:
+    """Dynamic shared memory that ``make_ring`` lays out at the worst address, and static."""
+    static = 32 * c["kQueue"]  # struct Item
+    if source == "prefill_down.cu":
+        static += c_offsets(source, "Memory")[1] * c["kConsumers"] // 32
+    else:
+        static += 2 * c["kGatherBytes"] + 2 * 4
+    extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING)[2]
+    barriers = ring * c["kBars"] + c["kQueue"] * 16
+    return 1024 - 128 + ring * c["kStageBytes"] + extra + barriers, static
+
+
+MAKE_RING = {"shared": 0, "p": SimpleNamespace(ring=0)}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_kernels_fit_the_hardware(layer: Layer) -> None:
+    _, *matrix = planned(layer, 4096, 132).launches
+    for up, launch in zip((True, False), matrix, strict=True):
+        c = c_constants(launch.kernel.source, dict(launch.kernel.defines))
+        dynamic, static = kernel_bytes(launch.kernel.source, c, launch.ring)
+        # A consumer waits for the next stage before it gives the last one back.
+        assert launch.ring >= 2
+        # The kernels declare 128 bytes of alignment, so no more than the rest is lost.
+        assert launch.shared_bytes == dynamic + 128
+        assert launch.shared_bytes + static <= CTA_SHARED_BYTES
+        one_more, _ = kernel_bytes(launch.kernel.source, c, launch.ring + 1)
+        room = CTA_SHARED_BYTES - static
+        assert launch.ring == plan_prefill.MAX_RING or one_more + 2048 > room, "memory left over"
+        assert (launch.threads, launch.tokens) == (c["kThreads"], c["kTokens"])
+        assert c["kStageBytes"] % 1024 == 0 and c["kTokenBytes"] % 1024 == 0  # of the swizzle
+        assert c["kK"] % 64 == 0 and c["kK"] % c["kGroup"] == 0 and c["kGroup"] % 32 == 0
+        assert c["kStageBytes"] < 1 << 20, "more bytes than a barrier counts"
+        shape = layer.up if up else layer.down
+        assert shape.k % c["kSpan"] == 0 and c["kPerWg"] == 2 if not up else c["kPerWg"] in (1, 2)
+        assert {c["kLayoutTiles"], shape.tiles} <= {1, 2, 4} and c["kLayoutTiles"] == shape.tiles
+    route = c_constants("prefill_route.cu", {})
+    assert route["kMaxExperts"] == route["kThreads"] == MAX_EXPERTS  # a thread for each expert
+    assert route["kPart"] == plan_prefill.SORT_PAIRS and route["kTokens"] == c["kTokens"]
+
+
+def check_lists(lists: Lists, layer: Layer, tokens: int) -> None:
+    assert (lists.count - 1) * lists.tokens < tokens <= lists.count * lists.tokens
+    assert lists.count == 1 or lists.tokens * layer.top_k % plan_prefill.SORT_PAIRS == 0
+    # Most tiles: a pair for every expert, then 128 more for another tile each.
+    pairs = lists.tokens * layer.top_k
+    worst = pairs if pairs <= layer.experts else layer.experts + (pairs - layer.experts) // 128
+    assert worst <= lists.max_tiles
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_plans_cover_every_token_and_output(layer: Layer) -> None:
+    for tokens in TOKENS:
+        for share in (1.0, 0.125):
+            plan = planned(layer, tokens, 132, share)
+            check_lists(plan.up, layer, tokens)
+            check_lists(plan.down, layer, tokens)
+            blocks = -(-layer.hidden // 256)
+            assert (plan.slices - 1) * plan.slice_blocks < blocks
+            assert blocks <= plan.slices * plan.slice_blocks
+            assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
+            rows = c_constants("prefill_route.cu", {})["kRows"]
+            assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
+
+
+@pytest.mark.parametrize("sms", [78, 114, 132])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_all_sorters_are_resident(layer: Layer, sms: int) -> None:
+    """Each waits for all others, and an SM has room for two."""
+    tokens = most_tokens(layer, sms)
+    assert tokens >= 32_768 and planned(layer, tokens, sms).sorters <= 2 * sms
+
+
+def meta(layer: Layer, tokens: int, plan: PrefillPlan) -> list[ctypes.Structure]:
+    """Arguments of the three kernels; addresses are offsets in the workspace."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    scales = [None if layer.dynamic else empty(1)] * 2
+    rest = [empty(tokens, layer.top_k), empty(tokens, layer.top_k), *[empty(1)] * 4, *scales]
+    t = Tensors(empty(tokens, layer.hidden), *rest, empty(1))
+    launched = launch_prefill.launches_prefill(layer, plan, t, empty(1), 2.5)
+    return [parameters for _, parameters in launched]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
+    for tokens in (1, 400, 5000, 16_384, 40_000):
+        plan = planned(layer, tokens, 132)
+        route, up, down = meta(layer, tokens, plan)
+        ends = sorted({*route.workspace.at.values(), route.workspace._memory.numel()})
+
+        def room(address: int | None, ends: list[int] = ends) -> int:
+            return next(end for end in ends if end > (address or 0)) - (address or 0)
+
+        pairs = tokens * layer.top_k
+        c = c_constants("prefill_route.cu", {})
+        shared = plan.up == plan.down
+        assert (route.down.count == 0) == shared and route.sorters == plan.sorters
+        for mine, lists in ((route.up, up), (route.up if shared else route.down, down)):
+            assert (mine.tiles, mine.header, mine.columns) == (
+                lists.tiles, lists.header, lists.columns,
+            )  # fmt: skip
+            assert (mine.count, mine.max_tiles) == (lists.lists, lists.max_tiles)
+            assert (mine.count - 1) * mine.parts < route.sorters <= mine.count * mine.parts
+            assert room(mine.tiles) >= 16 * mine.count * mine.max_tiles
+            assert room(mine.header) >= 4 * mine.count and room(mine.columns) >= 4 * pairs
+        assert up.lists == 1 or up.list_pairs % c["kPart"] == 0
+        assert down.lists == 1 or down.list_tokens * down.top_k % c["kPart"] == 0
+        assert room(route.counts) >= 4 * c["kMaxExperts"] * route.sorters
+        assert room(route.place) >= 4 * pairs and room(route.xq) >= tokens * layer.hidden
+        assert room(route.x_scale) >= 4 * tokens and room(up.q) >= pairs * layer.inner
+        if layer.dynamic:
+            assert room(up.inner) >= 4 * pairs * layer.inner and room(up.q_row_scale) >= 4 * pairs
+            assert (up.b_scale, down.b_scale) == (route.x_scale, up.q_row_scale)
+        assert (up.b, down.b, up.arrived, down.place) == (
+            route.xq or None, up.q, route.arrived, route.place,
+        )  # fmt: skip
+        # Counters, made zero by route: claims, two for each step, and tiles with dynamic scales.
+        zeroed = (route.zeros or 0) + 4 * route.zero_count
+        assert room(route.zeros) >= 4 * route.zero_count
+        assert down.claimed == (up.claimed or 0) + 4 and down.done == down.claimed + 4
+        assert up.tile_count == down.done + 8 * plan.slices * plan.down.count
+        assert zeroed == up.tile_count + 4 * up.lists * up.max_tiles * layer.dynamic
+        # The ring of contributions
+        scope = c_constants("prefill_down.cu", dict(plan.launches[2].kernel.defines)) | {"p": down}
+        text = c_find("prefill_down.cu", ("u8* buffer",), "return")
+        buffers = [
+            c_value(text, scope | {"step": step, "block": block, "wg": wg})
+            for step, block, wg in product(range(4, 7), range(down.slice_blocks), range(2))
+        ]
+        size = 256 * down.list_tokens * down.top_k
+        assert all(b - a >= size for a, b in pairwise(sorted(buffers)))
+        assert min(buffers) == down.y and room(down.y) >= max(buffers) + size - down.y
