@@ -86,8 +86,8 @@ def test_fragments_are_the_rows_of_the_item(
 ) -> None:
     """``load_fragment``, for every thread and scale group, on what ``produce_weights`` copied."""
     generator = torch.Generator().manual_seed(rows + k)
-    codes = torch.randint(-8, 8, (2, rows, k), generator=generator, dtype=torch.int8)
-    scales = torch.rand(2, rows, k // group, generator=generator).bfloat16()
+    codes = torch.randint(-8, 8, (3, rows, k), generator=generator, dtype=torch.int8)
+    scales = torch.rand(3, rows, k // group, generator=generator).bfloat16()
     packed, wanted = pack_int4(codes), scales.clone()
     shuffle_in_place(packed, scales, gate_up, True)
     c = constants(UP if gate_up else DOWN, rows, k, group, per_wg)
@@ -122,12 +122,12 @@ def test_fragments_are_the_rows_of_the_item(
                         column = column + q[:, None] * 4
                         column = column[:, :, None] + torch.arange(4)
                         for row, values in zip(rows_of.T, decode(words), strict=True):
-                            assert torch.equal(values, codes[1, row[:, None, None], column].int())
+                            assert torch.equal(values, codes[2, row[:, None, None], column].int())
                             seen[row[:, None, None], column] += 1
                     address = c_value(c_find(COMMON, ("void load_fragment",), "lds32("), scope)
                     found = shared[address[:, None] + torch.arange(4)].contiguous()
                     assert torch.equal(
-                        found.view(torch.bfloat16), wanted[1, rows_of, first // group]
+                        found.view(torch.bfloat16), wanted[2, rows_of, first // group]
                     )
     assert (seen == 1).all()
 
