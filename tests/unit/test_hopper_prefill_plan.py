@@ -86,16 +86,15 @@ def check_lists(lists: Lists, layer: Layer, tokens: int) -> None:
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_plans_cover_every_token_and_output(layer: Layer) -> None:
     for tokens in TOKENS:
-        for share in (1.0, 0.125):
-            plan = planned(layer, tokens, 132, share)
-            check_lists(plan.up, layer, tokens)
-            check_lists(plan.down, layer, tokens)
-            blocks = -(-layer.hidden // 256)
-            assert (plan.slices - 1) * plan.slice_blocks < blocks
-            assert blocks <= plan.slices * plan.slice_blocks
-            assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
-            rows = c_constants("prefill_route.cu", {})["kRows"]
-            assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
+        plan = planned(layer, tokens, 132)
+        check_lists(plan.up, layer, tokens)
+        check_lists(plan.down, layer, tokens)
+        blocks = -(-layer.hidden // 256)
+        assert (plan.slices - 1) * plan.slice_blocks < blocks
+        assert blocks <= plan.slices * plan.slice_blocks
+        assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
+        rows = c_constants("prefill_route.cu", {})["kRows"]
+        assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
 
 
 @pytest.mark.parametrize("sms", [78, 114, 132])

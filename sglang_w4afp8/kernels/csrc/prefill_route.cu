@@ -99,7 +99,8 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
   __syncthreads();
   if (tid == 0) {
-    // The blocks of a grid start in order, so those that are waited for will all get there.
+    // Blocks start in order and two fit on an SM: with no more sorters than that (hopper/plan.py,
+    // most_tokens) all of them are running or will be, whoever holds the SMs now.
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
     atomicAdd(p.arrived, 1u);
     u32 seen;

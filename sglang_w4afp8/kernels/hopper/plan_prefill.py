@@ -58,10 +58,10 @@ class Lists:
     max_tiles: int
 
     @classmethod
-    def of(cls, layer: Layer, tokens: int, most_pairs: float) -> Lists:
+    def of(cls, layer: Layer, tokens: int, most_pairs: int) -> Lists:
         """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
         step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
-        size = min(tokens, max(step, int(most_pairs) // layer.top_k // step * step))
+        size = min(tokens, max(step, most_pairs // layer.top_k // step * step))
         pairs = size * layer.top_k
         return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
 
@@ -115,20 +115,18 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
     return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
 
 
-def plan_prefill(layer: Layer, tokens: int, sms: int, local_share: float = 1.0) -> PrefillPlan:
+def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
 
     Args:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
-        local_share: part of the pairs that is expected to name an expert of this rank.
     """
-    up = Lists.of(layer, tokens, UP_LIST_PAIRS / local_share)
-    down = Lists.of(layer, tokens, SLICE_PAIRS / local_share)
-    expected = max(1, int(down.tokens * layer.top_k * local_share))
+    up = Lists.of(layer, tokens, UP_LIST_PAIRS)
+    down = Lists.of(layer, tokens, SLICE_PAIRS)
     blocks = -(-layer.hidden // 256)
-    slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // expected))
+    slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // (down.tokens * layer.top_k)))
     sorters = -(-tokens * layer.top_k // SORT_PAIRS)
     route = Launch(
         Kernel("prefill_route.cu", "w4a8_prefill_route"),
