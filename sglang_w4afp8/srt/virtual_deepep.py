@@ -41,8 +41,6 @@ def virtual_deepep(buffer: Any, quantize: Quantize, rank: int, ranks: int) -> It
     config = SimpleNamespace(normal_dispatch_config=None, normal_combine_config=None)
     # Object, attribute, value; what an absent library leaves undefined is created.
     changes: list[tuple[Any, str, Any]] = [
-        (moe, "a2a_backend", MoeA2ABackend.DEEPEP),
-        (moe, "deepep_mode", DeepEPMode.AUTO),
         (layer, "_get_deepep_comm_group", lambda backend: None),
         (deepep, "use_deepep", True),
         (deepep, "Buffer", SimpleNamespace(capture=lambda: None)),
@@ -60,6 +58,9 @@ def virtual_deepep(buffer: Any, quantize: Quantize, rank: int, ranks: int) -> It
         ),
     ]
     with ExitStack() as stack:
+        # The flags exist, perhaps as slots, which patch restores only without create.
+        for name, flag in (("a2a_backend", MoeA2ABackend.DEEPEP), ("deepep_mode", DeepEPMode.AUTO)):
+            stack.enter_context(patch.object(moe, name, flag))
         for target, name, value in changes:
             stack.enter_context(patch.object(target, name, value, create=True))
         stack.enter_context(virtual_rank(rank, ranks, ep_size=ranks))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -264,7 +265,6 @@ def modes_of(layer: Any) -> tuple[Any, Any]:
 def test_kin_with_the_same_entry_points(
     tensors: dict[int, dict[str, torch.Tensor]],
     batch: cases.Routing,
-    monkeypatch: pytest.MonkeyPatch,
     kin: str,
 ) -> None:
     """Their rows have the classes below; their dispatchers are not built here."""
@@ -279,8 +279,8 @@ def test_kin_with_the_same_entry_points(
         pytest.skip(f"this SGLang has no {kin}")
     with rank_of(0, batch):
         layer = build(tensors)
-        monkeypatch.setattr(moe_flags(), "a2a_backend", MoeA2ABackend(kin))
-        chosen = moe.choose_moe_method(layer.quant_config, layer, PREFIX)
+        with behind(MoeA2ABackend(kin)):
+            chosen = moe.choose_moe_method(layer.quant_config, layer, PREFIX)
         assert type(chosen) is moe.ShardedW4AFp8MoEMethod and chosen.dispatched
         sent = dispatch_slots(batch, 0, LOCAL, 16, True)
         rows = form(sent.rows, sent.row_scale, batch.topk_ids, batch.topk_weights, sent.masked_m, 3)
@@ -297,6 +297,18 @@ def moe_flags() -> Any:
     from sglang.srt.runtime_context import get_flags
 
     return get_flags().moe
+
+
+def behind(dispatcher: Any) -> Any:
+    """Another dispatcher, for a block within :func:`rank_of`, which restores its own at its end."""
+    return patch.object(moe_flags(), "a2a_backend", dispatcher)
+
+
+def test_nothing_is_left_behind(batch: cases.Routing) -> None:
+    before = moe_flags().a2a_backend
+    with rank_of(0, batch):
+        assert moe_flags().a2a_backend is not before
+    assert moe_flags().a2a_backend is before
 
 
 def test_refusals(
@@ -332,8 +344,9 @@ def test_refusals(
         with pytest.raises(BackendError, match="rows of a dispatcher"):
             build(tensors)
         # A dispatcher with entry points of its own keeps SGLang's method where that is right.
-        monkeypatch.setattr(moe_flags(), "a2a_backend", MoeA2ABackend.FLASHINFER)
-        assert type(moe.choose_moe_method(layer.quant_config, layer, PREFIX)) is moe.W4AFp8MoEMethod
-        layer.quant_config.group_size = 64
-        with pytest.raises(BackendError, match="--moe-a2a-backend deepep"):
-            moe.choose_moe_method(layer.quant_config, layer, PREFIX)
+        with behind(MoeA2ABackend.FLASHINFER):
+            chosen = moe.choose_moe_method(layer.quant_config, layer, PREFIX)
+            assert type(chosen) is moe.W4AFp8MoEMethod
+            layer.quant_config.group_size = 64
+            with pytest.raises(BackendError, match="--moe-a2a-backend deepep"):
+                moe.choose_moe_method(layer.quant_config, layer, PREFIX)
