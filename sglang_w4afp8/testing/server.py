@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -193,17 +194,21 @@ def launch(
     """
     folder = Path(log_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    ports = free_ports(len(nodes) + 1)
+    ports = free_ports(len(nodes) + 1)  # the last one is for torch's store
     server = Server(f"http://{host}:{ports[0]}", [], [])
     started = time.monotonic()
     try:
         for rank, node in enumerate(nodes):
             command = [*node.prefix, python, "-m", "sglang.launch_server", "--model-path"]
             command += [str(model), "--tp-size", str(tp), "--host", host, "--port"]
-            command += [str(ports[rank]), *args]
+            command += [str(ports[rank])]
+            if len(nodes) == 1 and "--dp-size" not in args:  # data-parallel ranks need one each
+                # Left to itself SGLang picks one of the ephemeral range, seconds before it binds.
+                command += ["--nccl-port", str(ports[-1])]
             if len(nodes) > 1:
                 command += ["--nnodes", str(len(nodes)), "--node-rank", str(rank)]
                 command += ["--dist-init-addr", f"{host}:{ports[-1]}"]
+            command += args
             log = folder / f"node-{rank}.log"
             with log.open("wb") as sink:
                 server.processes.append(
@@ -247,12 +252,34 @@ def light_start(*models: str) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on right now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
+    """TCP ports that nobody listens on right now, all different.
+
+    A server takes its port many seconds after this call, and its ranks open dozens of sockets in
+    between. The kernel gives those ports of its ephemeral range, so ours come from below it.
+    """
+    first_ephemeral = _first_ephemeral_port()
+    choices = random.SystemRandom().sample(range(1024, first_ephemeral), 40 * count)
+    ports: list[int] = []
+    for port in choices:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise HostError(
+        f"{len(ports)} of {len(choices)} ports tried between 1024 and {first_ephemeral} are free",
+        f"the server needs {count}",
+        ["end the programs that hold them: ss -ltnp"],
+    )
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text()
+    except FileNotFoundError:  # not Linux, or a sandbox; Linux's default
+        return 32768
+    # Hosts with many connections widen the range downwards; a few thousand ports stay ours.
+    return max(int(limits.split()[0]), 8192)
 
 
 def _environment(platform: str | None, extra: Mapping[str, str]) -> dict[str, str]:

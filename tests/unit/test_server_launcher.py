@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 import textwrap
 import time
@@ -145,9 +147,25 @@ def test_a_server_that_never_gets_ready_is_stopped(fake, tmp_path):
     assert wait_gone(child)
 
 
-def test_free_ports_are_different():
+def test_free_ports_are_different_and_no_socket_is_given_them_by_itself():
     ports = launcher.free_ports(20)
     assert len(set(ports)) == 20
+    given = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            sock = stack.enter_context(socket.socket())
+            sock.bind(("127.0.0.1", 0))
+            given.append(sock.getsockname()[1])
+    assert max(ports) < min(given)
+
+
+def test_a_taken_port_is_not_offered(monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(launcher.random.SystemRandom, "sample", lambda *_: [port] * 40)
+        with pytest.raises(HostError, match="0 of 40 ports"):
+            launcher.free_ports(1)
 
 
 @pytest.mark.parametrize(("shared", "method"), [("0", "spawn"), ("1", "forkserver")])
