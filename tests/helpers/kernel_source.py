@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
+
+import torch
 
 from sglang_w4afp8.kernels.hopper.build import CSRC
 
@@ -80,6 +82,7 @@ def _compiled(text: str) -> CodeType:
     text = re.sub(r"static_cast<\w+>", "", text)
     text = re.sub(r"\b(0x[0-9a-f]+?|\d+)(?:ull|u)\b", r"\1", text)
     text = re.sub(r"\bfrom\b", "from_", text)  # a word of Python's
+    text = text.replace("S::", "S.")
     text = text.replace("&&", " and ").replace("||", " or ")
     return compile(_python(f"({text})").replace("/", "//"), text, "eval")
 
@@ -97,10 +100,37 @@ def c_text(source: str) -> str:
     return "\n".join([*before, text])
 
 
-def c_constants(source: str, defines: dict[str, int]) -> dict[str, int]:
-    """The ``constexpr`` integers at the outermost level of a file, and the macros."""
+def c_shape(**sizes: int) -> SimpleNamespace:
+    """``Shape`` of tile_math.cuh; ``sizes`` are its template arguments, ``kK`` for ``kK_``."""
+    scope: dict[str, Any] = {f"{name}_": value for name, value in sizes.items()}
+    names, text = [], (CSRC / "tile_math.cuh").read_text()
+    for line in re.findall(r"static constexpr (?:int|bool) (.*?);", text):
+        for name, text in (part.split(" = ") for part in _split(line)):
+            names.append(name.strip())
+            scope[names[-1]] = c_value(text, scope)
+    return SimpleNamespace(**{name: scope[name] for name in names})
+
+
+def decode_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``decode_int4`` with −8: bytes of words, ``(…, 4)`` uint8, to the codes of both registers."""
+    high = words.roll(1, -1)  # rotation by four bits to the left
+
+    def codes(register: torch.Tensor) -> torch.Tensor:
+        size = (register & 0x7).int()
+        return torch.where((register & 0x80) != 0, -size - 1, size)
+
+    return codes(words), codes((words << 4) | (high >> 4))
+
+
+def c_constants(source: str, defines: dict[str, Any]) -> dict[str, Any]:
+    """The ``constexpr`` integers at the outermost level of a file, and the macros.
+
+    Without ``W4_ROW_SCALES``. A file that has a ``Shape`` finds it in ``defines`` as ``S``.
+    """
     scope = dict(defines)
-    found = re.findall(r"^constexpr (?:int|u32|bool) (.*?);", c_text(source), re.M | re.S)
+    row_scales = re.compile(r"^#if W4_ROW_SCALES\n.*?^(?:#else\n(.*?)^)?#endif\n", re.M | re.S)
+    text = row_scales.sub(r"\1", c_text(source))
+    found = re.findall(r"^constexpr (?:int|u32|bool) (.*?);", text, re.M | re.S)
     for part in (part for line in found for part in _split(line)):
         name, text = re.split(r"\s=\s", part, maxsplit=1)
         scope[name.strip()] = c_value(text, scope)
@@ -123,7 +153,7 @@ def c_find(source: str, within: tuple[str, ...], name: str) -> str:
         pattern = rf"\b{re.escape(name)}(.*?)\);"
     else:
         operator = "" if name.endswith("+=") else " ="
-        pattern = rf"(?<![\w.]){re.escape(name)}{operator} (.*?);"
+        pattern = rf"(?<![\w.]){re.escape(name)}{operator}\s(.*?);"
     found = re.compile(pattern, re.S).search(text, start)
     assert found is not None, (source, within, name)
     # `a = 1, b = 2;` sets two names

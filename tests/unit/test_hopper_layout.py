@@ -33,6 +33,15 @@ SHAPES = [
     (128, 384, 128, True),
     (128, 384, 128, False),
     (128, 384, 64, False),
+    # Hidden sizes of models for tests: K of gate and up, rows of down.
+    (640, 128, 128, True),
+    (512, 128, 32, True),
+    (128, 64, 64, True),
+    (896, 64, 32, True),
+    (64, 512, 128, False),
+    (64, 64, 32, False),
+    (128, 128, 128, False),
+    (128, 64, 64, False),
 ]
 
 
@@ -51,10 +60,10 @@ def _decode(word: int, minus_eight: bool) -> tuple[list[int], list[int]]:
 
 
 def _read_expert(
-    data: torch.Tensor, rows: int, k: int, group: int, minus_eight: bool
+    data: torch.Tensor, rows: int, k: int, group: int, minus_eight: bool, gate_up: bool = False
 ) -> dict[tuple[int, int], list[int]]:
     """Rows of (row tile, row in tile) as the wgmmas of both warpgroups see them."""
-    shape = StageShape.of(rows, k, group)
+    shape = StageShape.of(rows, k, group, gate_up)
     words = data.contiguous().view(torch.uint8).flatten().view(torch.int32).tolist()
     tile_bytes = shape.stage_k * 32
     seen: dict[tuple[int, int], list[int]] = {}
@@ -104,9 +113,9 @@ def test_kernel_reads_every_code_and_scale(
     wanted = scales.clone()
     shuffle_in_place(packed, scales, gate_up, minus_eight)
 
-    seen = _read_expert(packed[1], rows, k, group, minus_eight)
+    seen = _read_expert(packed[1], rows, k, group, minus_eight, gate_up)
     assert len(seen) == rows
-    shape = StageShape.of(rows, k, group)
+    shape = StageShape.of(rows, k, group, gate_up)
     found = {
         _checkpoint_row(tile, row, rows, gate_up, shape.tiles): line
         for (tile, row), line in seen.items()
@@ -179,10 +188,13 @@ def test_stage_shapes() -> None:
         (704, 64, 64): (64, 1, 1),
     }
     for (rows, k, group), cut in wanted.items():
-        shape = StageShape.of(rows, k, group)
+        shape = StageShape.of(rows, k, group, False)
         assert (shape.stage_k, shape.tiles, shape.stages_per_unit) == cut
         assert shape.stage_k * shape.tiles <= 256
         assert shape.stage_k % group == 0
+        # Gate and up have stages of as many columns, with one row tile for each warpgroup.
+        shape = StageShape.of(rows, k, group, True)
+        assert (shape.stage_k, shape.tiles, shape.stages_per_unit) == (cut[0], 1, cut[2])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_stage_shapes() -> None:
 )
 def test_sizes_off_the_grid_are_refused(rows: int, k: int, group: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        StageShape.of(rows, k, group)
+        StageShape.of(rows, k, group, False)
 
 
 def random_layer(experts: int, hidden: int, inner: int, group: int, w2_group: int) -> MoEWeights:
@@ -254,7 +266,7 @@ def test_prepare_fills_up_and_shuffles() -> None:
     ready = HopperBackend().prepare(problem, weights)
     assert ready.w2.shape == (2, 128, 64) and ready.w2_scale.shape == (2, 128, 4)
     seen = _read_expert(ready.w2[1], 128, 128, 32, ready.w2.dtype is torch.uint8)
-    tiles = StageShape.of(128, 128, 32).tiles
+    tiles = StageShape.of(128, 128, 32, False).tiles
     for (tile, row), line in seen.items():
         at = _checkpoint_row(tile, row, 128, False, tiles)
         assert line == [*before[1, at].tolist(), *[0] * 32]

@@ -15,9 +15,14 @@ R1 = [
     Layer(128, 4096, 192, 128, 64, 8, False, False),
     Layer(128, 2048, 384, 128, 128, 8, False, True),
 ]
+TESTS = [  # hidden sizes of models for tests, 32 and 96 filled up
+    Layer(8, hidden, inner, group, min(inner, 128), 2, False, True)
+    for hidden, group in ((64, 32), (64, 64), (128, 32), (128, 128))
+    for inner in (64, 128, 256, 512)
+]
 
 
-@pytest.mark.parametrize("layer", R1, ids=str)
+@pytest.mark.parametrize("layer", R1 + TESTS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 9, 16, 64, 256, 1000, 16384])
 def test_launches_fit_the_hardware(layer: Layer, tokens: int) -> None:
     for path in (None, "small", "medium", "large"):
@@ -72,7 +77,7 @@ def test_counters_are_enough(layer: Layer) -> None:
 
 
 def test_every_kernel_of_a_plan_is_built_ahead() -> None:
-    for layer in R1:
+    for layer in R1 + TESTS:
         ahead = set(plan.kernels(layer, 132))
         for tokens in range(1, 2000, 7):
             assert {launch.kernel for launch in plan.plan(layer, tokens, 132).launches} <= ahead
@@ -88,7 +93,11 @@ def test_every_kernel_of_a_plan_is_built_ahead() -> None:
         ((7168, 48, 256, 128, 16), "intermediate size of this rank 48"),
         ((7184, 64, 256, 16, 64), "hidden size 7184"),
         ((7168, 256, 600, 128, 128), "600 experts"),
-        ((128, 256, 8, 128, 128), "hidden size 128"),
+        ((128, 256, 8, 128, 128), None),
+        ((96, 256, 8, 32, 128), None),
+        ((64, 64, 8, 64, 64), None),
+        ((32, 32, 8, 32, 32), None),
+        ((48, 256, 8, 16, 128), "hidden size 48"),
         ((192, 256, 8, 64, 128), None),
         ((7168, 256, 64, 16, 128), "group of 16"),
     ],
@@ -96,3 +105,20 @@ def test_every_kernel_of_a_plan_is_built_ahead() -> None:
 def test_reasons(sizes: tuple[int, int, int, int, int], reason: str | None) -> None:
     found = plan.why_not(*sizes)
     assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+@pytest.mark.parametrize("layer", TESTS, ids=str)
+def test_gate_and_up_of_a_small_hidden_size_are_stages_of_two_row_tiles(layer: Layer) -> None:
+    """The kernels finish one row tile for each warpgroup and stage of w13."""
+    assert (layer.up.stage_k, layer.up.tiles, layer.up.stages_per_unit) == (layer.hidden, 1, 1)
+    assert layer.up.blocks == -(-2 * layer.inner // 128)
+    for path in ("medium", "large"):
+        up = plan.plan(layer, 40, 132, path).launches[1]
+        assert dict(up.kernel.defines) | {"W4_UP": 1, "W4_TILES": 1} == dict(up.kernel.defines)
+    # 64 or 128 outputs are one row tile or two, which one block of w2 holds.
+    assert layer.down.blocks == 1 and layer.down.tiles in (1, 2)
+    for tokens, path in ((8, "small"), (40, "medium")):
+        chosen = plan.plan(layer, tokens, 132, path)
+        assert (chosen.path == path) == (layer.inner <= 256), "K of w2 in one stage"
+        if chosen.path == path:
+            assert chosen.launches[-1].grid == (layer.hidden // 64, 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_source import c_constants, c_find, c_locals, c_text, c_value
+from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
 from sglang_w4afp8.packing import pack_int4
@@ -34,11 +34,22 @@ SHAPES = [
     (512, 64, 32, False, 2),
     (320, 192, 64, False, 2),
     (448, 384, 128, False, 2),
+    # Hidden sizes of models for tests: K of gate and up, rows of down.
+    (512, 64, 64, True, 2),
+    (128, 64, 32, True, 1),
+    (896, 128, 128, True, 2),
+    (640, 128, 32, True, 1),
+    (64, 256, 128, False, 2),
+    (64, 64, 32, False, 2),
+    (64, 512, 64, False, 2),
+    (128, 128, 128, False, 2),
+    (128, 64, 64, False, 2),
+    (128, 192, 64, False, 2),
 ]
 
 
 def constants(source: str, rows: int, k: int, group: int, per_wg: int = 2) -> dict[str, Any]:
-    shape = StageShape.of(rows, k, group)
+    shape = StageShape.of(rows, k, group, source == UP)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
     more = {"W4_MINUS_EIGHT": 1, "W4_PER_WG": per_wg, "W4_DYNAMIC": 0}
     return c_constants(source, defines | more)
@@ -69,17 +80,6 @@ def stages(c: dict[str, Any], w: torch.Tensor, s: torch.Tensor, block: int) -> l
     return found
 
 
-def decode(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes of words, (…, 4), to the codes of both registers, with −8."""
-    high = words.roll(1, -1)  # rotation by four bits to the left
-
-    def codes(register: torch.Tensor) -> torch.Tensor:
-        size = (register & 0x7).int()
-        return torch.where((register & 0x80) != 0, -size - 1, size)
-
-    return codes(words), codes((words << 4) | (high >> 4))
-
-
 @pytest.mark.parametrize(("rows", "k", "group", "gate_up", "per_wg"), SHAPES)
 def test_fragments_are_the_rows_of_the_item(
     rows: int, k: int, group: int, gate_up: bool, per_wg: int
@@ -91,7 +91,7 @@ def test_fragments_are_the_rows_of_the_item(
     packed, wanted = pack_int4(codes), scales.clone()
     shuffle_in_place(packed, scales, gate_up, True)
     c = constants(UP if gate_up else DOWN, rows, k, group, per_wg)
-    order = _row_order(rows, gate_up, StageShape.of(rows, k, group).tiles).view(-1, 4, 8, 2)
+    order = _row_order(rows, gate_up, c["kLayoutTiles"]).view(-1, 4, 8, 2)
     thread = torch.arange(128)
     warp, g, q = thread // 32, thread % 32 // 4, thread % 4
     seen = torch.zeros(rows, k, dtype=torch.int32)
@@ -121,7 +121,7 @@ def test_fragments_are_the_rows_of_the_item(
                         column = first + h * 64 + torch.arange(size // 4) * 16
                         column = column + q[:, None] * 4
                         column = column[:, :, None] + torch.arange(4)
-                        for row, values in zip(rows_of.T, decode(words), strict=True):
+                        for row, values in zip(rows_of.T, decode_words(words), strict=True):
                             assert torch.equal(values, codes[2, row[:, None, None], column].int())
                             seen[row[:, None, None], column] += 1
                     address = c_value(c_find(COMMON, ("void load_fragment",), "lds32("), scope)
@@ -183,8 +183,14 @@ def test_panels_are_swizzled_as_wgmma_reads_them(k: int) -> None:
 
 
 def test_gate_and_up_end_as_the_feature_of_their_rows() -> None:
-    for rows, per_wg in ((512, 2), (384, 1), (896, 2)):
-        c = constants(UP, rows, 256, 128, per_wg)
+    for rows, k, per_wg in (
+        (512, 256, 2),
+        (384, 256, 1),
+        (896, 256, 2),
+        (128, 64, 1),
+        (512, 64, 2),
+    ):
+        c = constants(UP, rows, k, 64, per_wg)
         order = _row_order(rows, True, 1).view(-1, 4, 8, 2)
         features = []
         for block, wg in product(range(-(-rows // 64 // c["kRowTiles"])), range(2)):
@@ -262,6 +268,10 @@ def run_stores(c: dict[str, Any], wg: int, first: int, columns: int) -> dict[int
         (128, 896, 6, 80),
         (64, 768, 0, 16),
         (64, 512, 37, 128),
+        (256, 64, 37, 48),
+        (64, 64, 0, 16),
+        (128, 128, 6, 80),
+        (64, 128, 37, 16),
     ],
 )
 def test_outputs_come_to_their_rows(k: int, rows: int, first: int, columns: int) -> None:

@@ -29,6 +29,8 @@ LAYERS = [
     Layer(8, 192, 320, 64, 64, 3, False, False),
     Layer(8, 256, 448, 32, 32, 2, False, True),
     Layer(MAX_EXPERTS, 7168, 512, 128, 128, 9, False, False),
+    Layer(8, 64, 64, 32, 64, 2, True, True),  # of models for tests
+    Layer(8, 128, 320, 128, 32, 4, False, False),
 ]
 TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(400, 40_001, 1800)})
 

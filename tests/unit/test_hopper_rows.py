@@ -32,6 +32,8 @@ LAYERS = [
     Layer(16, 7168, 2048, 64, 64, 8, True, True),
     Layer(8, 2688, 1536, 32, 64, 8, False, True),  # stages of 192 columns
     Layer(32, 4224, 2048, 128, 128, 8, True, False),  # 33 · 128
+    Layer(8, 128, 256, 32, 128, 4, True, True),  # of a model for tests
+    Layer(8, 64, 512, 64, 64, 4, True, False),
     Layer(plan.MAX_EXPERTS, 7168, 2048, 128, 128, 8, False, True),
 ]
 MOST_SLOTS = 1024 * 512 // 512  # DeepEP: 1024 tokens a rank, as many ranks as experts / local ones
@@ -109,7 +111,14 @@ def test_tiles_hold_every_row_once(width: int) -> None:
 @pytest.mark.parametrize("by_column", [True, False], ids=["columns outermost", "rows outermost"])
 @pytest.mark.parametrize(
     ("k", "stage_k", "group"),
-    [(512, 256, 128), (512, 256, 32), (384, 192, 64), (384, 192, 32), (640, 128, 128)],
+    [
+        (512, 256, 128),
+        (512, 256, 32),
+        (384, 192, 64),
+        (384, 192, 32),
+        (640, 128, 128),
+        (128, 128, 32),
+    ],
 )
 @pytest.mark.parametrize("tokens", plan.TILE_TOKENS)
 def test_every_sum_meets_its_tokens_scale(

@@ -2,8 +2,8 @@
 
 A *row tile* is 64 rows for one warpgroup. A *stage* is what travels to shared memory in one copy:
 ``2 · tiles`` row tiles by ``stage_k`` columns, the first half for warpgroup 0, the second for 1;
-with 256 columns there is one row tile for each, with 128 two and with 64 four, so that a copy has
-16 KB wherever the shape allows. Bytes of one expert, outermost first::
+with 256 columns there is one row tile for each, in w2 with 128 two and with 64 four, so that a copy
+has 16 KB wherever the shape allows. Bytes of one expert, outermost first::
 
     weights  [block of 2·tiles row tiles][stage along K][row tile][64 columns][thread][16 bytes]
     scales   [block][stage along K][row tile][scale group][warp 4][g 8][row half 2]   (bfloat16)
@@ -56,8 +56,14 @@ class StageShape:
     tiles: int
 
     @classmethod
-    def of(cls, rows: int, k: int, group: int) -> StageShape:
+    def of(cls, rows: int, k: int, group: int, gate_up: bool) -> StageShape:
         """The cut for a projection of ``rows`` by ``k`` with ``group`` codes per scale.
+
+        Args:
+            rows: of one expert.
+            k: columns.
+            group: codes per scale.
+            gate_up: w13, whose stages have one row tile per warpgroup whatever the size.
 
         Raises:
             ValueError: a size is not a multiple of 64, or K no whole number of groups.
@@ -70,8 +76,9 @@ class StageShape:
         stage_k = next(size for size in STAGE_COLUMNS if k % size == 0 and size % group == 0)
         # Several row tiles share a stage only when each is complete within it: their sums need no
         # registers from one stage to the next. A warpgroup's tiles interleave, so it has all or
-        # none of them.
-        tiles = max(1, 256 // stage_k) if stage_k == k else 1
+        # none of them. The kernels for gate and up finish one row tile per warpgroup and stage: a
+        # K this small is a hidden size that only a model for tests has.
+        tiles = max(1, 256 // stage_k) if stage_k == k and not gate_up else 1
         while rows // ROW_TILE % tiles:
             tiles //= 2
         return cls(rows, k, stage_k, tiles)
@@ -228,7 +235,7 @@ def shuffle_in_place(
         minus_eight: as in :func:`shuffle_expert`.
     """
     k = packed.shape[2] * 2
-    shape = StageShape.of(packed.shape[1], k, k // scales.shape[2])
+    shape = StageShape.of(packed.shape[1], k, k // scales.shape[2], gate_up)
     for expert in range(packed.shape[0]):
         source, result = packed[expert].clone(), packed[expert].view(torch.uint8)
         shuffle_expert(source, gate_up, minus_eight, shape, out=result)

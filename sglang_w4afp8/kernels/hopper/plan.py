@@ -88,12 +88,12 @@ class Layer:
     @property
     def up(self) -> StageShape:
         """Cut of w13."""
-        return StageShape.of(2 * self.inner, self.hidden, self.group)
+        return StageShape.of(2 * self.inner, self.hidden, self.group, True)
 
     @property
     def down(self) -> StageShape:
         """Cut of w2."""
-        return StageShape.of(self.hidden, self.inner, self.inner_group)
+        return StageShape.of(self.hidden, self.inner, self.inner_group, False)
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,6 @@ def why_not(hidden: int, inner: int, experts: int, group: int, inner_group: int)
     for name, size in (("hidden size", hidden), ("intermediate size of this rank", inner)):
         if size % 32:
             return f"{name} {size} is not a multiple of 32"
-    if hidden <= 128:
-        return f"hidden size {hidden} (gate and up are built for more than 128)"
     for name, size in (("group", group), ("w2 group", inner_group)):
         if size not in (32, 64, 128):
             return f"{name} of {size} (32, 64 and 128 are built)"
