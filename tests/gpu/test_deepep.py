@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import hopper_layers
 import pytest
 import torch
+from hopper_layers import PER_TOKEN, STATIC, TOLERANCE, Case, relative_error
 
 from sglang_w4afp8.kernels.hopper import launch_rows, plan
 from sglang_w4afp8.kernels.hopper.backend import (
-    HopperBackend,
     State,
     hopper_moe,
     hopper_moe_slots,
     layer_of,
 )
 from sglang_w4afp8.kernels.hopper.launch import start
-from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
-from sglang_w4afp8.packing import pack_int4
 from sglang_w4afp8.reference import masked_reference, moe_reference
-from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.testing.cases import Routing
 from sglang_w4afp8.testing.dispatch import (
@@ -37,74 +35,16 @@ pytestmark = [
     ),
 ]
 
-TOLERANCE = 1.2e-2  # as in test_hopper_moe.py
-STATIC, PER_TOKEN = ActivationScheme.STATIC, ActivationScheme.DYNAMIC_PER_TOKEN
 TOP_K, RANKS, RANK = 4, 4, 1
 
 
-@dataclass(frozen=True)
-class Case:
+def whole(inner: int = 512, experts: int = 8, **more: Any) -> Case:
     """One rank's whole experts."""
-
-    hidden: int = 1024
-    inner: int = 512
-    group: int = 128
-    scheme: ActivationScheme = STATIC
-    experts: int = 8
-    minus_eight: bool = True
-
-    @property
-    def problem(self) -> MoEProblem:
-        """Of the rank."""
-        return MoEProblem(
-            self.experts,
-            self.hidden,
-            AxisShard.even(self.inner, self.group, 0, 1),
-            self.group,
-            TOP_K,
-            self.scheme,
-            Device.of(torch.device("cuda")),
-            dispatched=True,
-        )
+    return Case(full_inner=inner, tp=1, experts=experts, top_k=TOP_K, dispatched=True, **more)
 
 
-class Layer:
-    """Random weights in both orders."""
-
-    def __init__(self, case: Case, static_scale: float = 0.02) -> None:
-        self.case, self.problem = case, case.problem
-        g = torch.Generator("cuda").manual_seed(case.hidden + case.group)
-        low = -8 if case.minus_eight else -7
-
-        def codes(rows: int, k: int) -> torch.Tensor:
-            size = (case.experts, rows, k)
-            return pack_int4(torch.randint(low, 8, size, generator=g, device="cuda"))
-
-        def scales(rows: int, k: int) -> torch.Tensor:
-            size = (case.experts, rows, k // case.group)
-            factor = 0.25 / k**0.5
-            return ((torch.rand(size, generator=g, device="cuda") + 0.5) * factor).bfloat16()
-
-        static = torch.tensor([static_scale], device="cuda") if case.scheme is STATIC else None
-        self.weights = MoEWeights(
-            codes(2 * case.inner, case.hidden),
-            scales(2 * case.inner, case.hidden),
-            codes(case.hidden, case.inner),
-            scales(case.hidden, case.inner),
-            case.group,
-            case.group,
-            static,
-            None if static is None else static.clone(),
-        )
-        copy = self.weights.replaced(
-            w13=self.weights.w13.clone(),
-            w13_scale=self.weights.w13_scale.clone(),
-            w2=self.weights.w2.clone(),
-            w2_scale=self.weights.w2_scale.clone(),
-        )
-        self.backend = HopperBackend()
-        assert self.backend.supports(self.problem) is None
-        self.ready = self.backend.prepare(self.problem, copy)
+class Layer(hopper_layers.Layer):
+    """With slots."""
 
     def slots(self, sent: Slots, expected: int = 8) -> torch.Tensor:
         """``run_masked`` on emulated rows."""
@@ -124,7 +64,7 @@ def is_close(out: torch.Tensor, wanted: torch.Tensor) -> bool:
     """By relative L2, which a NaN fails; two without rows are close."""
     if not len(out):
         return out.shape == wanted.shape
-    return float((out.double() - wanted).norm() / wanted.double().norm()) < TOLERANCE
+    return relative_error(out, wanted) < TOLERANCE
 
 
 def batch(case: Case, tokens: int, kind: str, seed: int = 0) -> Routing:
@@ -132,9 +72,9 @@ def batch(case: Case, tokens: int, kind: str, seed: int = 0) -> Routing:
     g = torch.Generator("cuda").manual_seed(seed + tokens)
     x = torch.randn(tokens, case.hidden, generator=g, device="cuda")
     # Blocks of very different size, so that a scale of a neighbour would be noticed.
-    x *= 2.0 ** torch.randint(-3, 4, (tokens, case.hidden // 128), generator=g, device="cuda")[
-        ..., None
-    ].expand(-1, -1, 128).flatten(1)
+    blocks = -(-case.hidden // 128)
+    sizes = 2.0 ** torch.randint(-3, 4, (tokens, blocks), generator=g, device="cuda")
+    x *= sizes.repeat_interleave(128, 1)[:, : case.hidden]
     route = torch.rand(tokens, TOP_K, generator=g, device="cuda") + 0.1
     scores = torch.rand(tokens, RANKS * case.experts, generator=g, device="cuda")
     first = RANK * case.experts
@@ -157,14 +97,16 @@ def poison() -> None:
 
 
 CASES = [
-    Case(),
-    Case(scheme=PER_TOKEN),
-    Case(group=64, minus_eight=False),
-    Case(group=32, scheme=PER_TOKEN, inner=320),
-    Case(hidden=384, group=64, inner=192),  # stages of 192 columns: scales of 64
-    Case(hidden=384, group=32, inner=256, scheme=PER_TOKEN),
-    Case(hidden=640, inner=256, minus_eight=False),  # stages of 128
-    Case(hidden=7168, inner=2048, experts=32),  # EP8 of DeepSeek-R1
+    whole(),
+    whole(scheme=PER_TOKEN),
+    whole(group=64, minus_eight=False),
+    whole(group=32, scheme=PER_TOKEN, inner=320),
+    whole(hidden=384, group=64, inner=192),  # stages of 192 columns: scales of 64
+    whole(hidden=384, group=32, inner=256, scheme=PER_TOKEN),
+    whole(hidden=640, inner=256, minus_eight=False),  # stages of 128
+    whole(hidden=128, inner=256),
+    whole(hidden=128, group=32, scheme=PER_TOKEN),
+    whole(hidden=7168, inner=2048, experts=32),  # EP8 of DeepSeek-R1
 ]
 
 
@@ -216,6 +158,16 @@ def test_slots(layer: Layer, tokens: int, fp8: bool) -> None:
             assert is_close(out[sent.valid], wanted), (kind, expected)
             assert torch.equal(out[sent.valid], layer.slots(sent, expected)[sent.valid])
     assert not layer.ready.state.counters.any(), "counters must end as zeros"
+
+
+@pytest.mark.parametrize("hidden", [32, 64, 96])
+def test_bf16_rows_of_a_small_hidden_size(hidden: int) -> None:
+    """E4M3 rows have a scale per 128 columns; the sizes of models for tests are below."""
+    layer = Layer(whole(hidden=hidden, inner=192, group=32, scheme=PER_TOKEN))
+    for tokens in (1, 6, 40, 300, 1500):
+        test_normal(layer, tokens, False)
+    for tokens in (1, 40):
+        test_slots(layer, tokens, False)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -273,7 +225,7 @@ def cut(full: Slots, counts: torch.Tensor) -> Slots:
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("scheme", [STATIC, PER_TOKEN], ids=str)
 def test_one_graph_serves_all_counts(scheme: ActivationScheme, fp8: bool) -> None:
-    case, slots = Case(scheme=scheme), 96
+    case, slots = whole(scheme=scheme), 96
     layer = Layer(case)
     full = dispatch_of(case, slots, fp8)
     held = cut(full, torch.full((case.experts,), 3))
@@ -306,7 +258,7 @@ def test_one_graph_serves_all_counts(scheme: ActivationScheme, fp8: bool) -> Non
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_scales_of_a_power_of_two_change_no_bit(group: int, tokens: int) -> None:
     """E4M3 rows at the static scale are what BF16 rows become: the same kernel, the same sums."""
-    layer = Layer(Case(group=group), static_scale=2.0**-5)
+    layer = Layer(whole(group=group), static_scale=2.0**-5)
     counters = layer.ready.state.counters
     large = layer.ready.replaced(state=State(counters, plan.Limits(0, 0, plan.UNLIMITED)))
     x, route, ids = batch(layer.case, tokens, "here")
@@ -322,7 +274,7 @@ def test_scales_of_a_power_of_two_change_no_bit(group: int, tokens: int) -> None
 
 
 def test_the_ops_keep_torchs_rules() -> None:
-    layer = Layer(Case(scheme=PER_TOKEN))
+    layer = Layer(whole(scheme=PER_TOKEN))
     ready, sent = layer.ready, dispatch_of(layer.case, 5, True)
     weights = (ready.w13, ready.w13_scale, ready.w2, ready.w2_scale, None, None)
     counters = ready.state.counters
@@ -345,7 +297,7 @@ def test_the_ops_keep_torchs_rules() -> None:
 
 
 def test_more_tokens_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer(Case())
+    layer = Layer(whole())
     sent = dispatch_tokens(batch(layer.case, 2500, "here"), RANK, layer.case.experts, True)
     arguments = (sent.rows, sent.topk_weights, sent.topk_ids, 1.0)
     wanted = layer.backend.run(layer.problem, layer.ready, *arguments, x_scale=sent.row_scale)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import hopper_layers
 import pytest
 import torch
+from hopper_layers import PER_TOKEN, STATIC, TOLERANCE, Case, relative_error
 
 from sglang_w4afp8.kernels.hopper import plan
-from sglang_w4afp8.kernels.hopper.backend import HopperBackend, hopper_moe
-from sglang_w4afp8.layer import Device, MoEProblem, MoEWeights
-from sglang_w4afp8.packing import pack_int4
+from sglang_w4afp8.kernels.hopper.backend import hopper_moe
 from sglang_w4afp8.reference import moe_reference
-from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme
 
 pytestmark = [
@@ -23,79 +20,9 @@ pytestmark = [
     ),
 ]
 
-TOLERANCE = 1.2e-2  # as in test_hopper_moe.py
-STATIC, PER_TOKEN = ActivationScheme.STATIC, ActivationScheme.DYNAMIC_PER_TOKEN
 
-
-@dataclass(frozen=True)
-class Case:
-    """A rank's layer."""
-
-    hidden: int = 1024
-    full_inner: int = 2048
-    tp: int = 8
-    group: int = 128
-    scheme: ActivationScheme = STATIC
-    experts: int = 16
-    top_k: int = 4
-
-    @property
-    def problem(self) -> MoEProblem:
-        """Rank 1's."""
-        columns = AxisShard.even(self.full_inner, self.group, min(1, self.tp - 1), self.tp)
-        return MoEProblem(
-            self.experts,
-            self.hidden,
-            columns,
-            self.group,
-            self.top_k,
-            self.scheme,
-            Device.of(torch.device("cuda")),
-        )
-
-
-class Layer:
-    """Random weights in both orders.
-
-    Args:
-        case: sizes.
-        seed: of the weights.
-    """
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case, self.problem = case, case.problem
-        g = torch.Generator("cuda").manual_seed(seed)
-        inner, local = self.problem.intermediate_size, self.problem.w2_group_size
-
-        def codes(rows: int, k: int) -> torch.Tensor:
-            size = (case.experts, rows, k)
-            return pack_int4(torch.randint(-8, 8, size, generator=g, device="cuda"))
-
-        def scales(rows: int, groups: int, k: int) -> torch.Tensor:
-            size = (case.experts, rows, groups)
-            factor = 0.25 / k**0.5
-            return ((torch.rand(size, generator=g, device="cuda") + 0.5) * factor).bfloat16()
-
-        static = torch.tensor([0.02], device="cuda") if case.scheme is STATIC else None
-        self.weights = MoEWeights(
-            codes(2 * inner, case.hidden),
-            scales(2 * inner, case.hidden // case.group, case.hidden),
-            codes(case.hidden, inner),
-            scales(case.hidden, inner // local, inner),
-            case.group,
-            local,
-            static,
-            None if static is None else static.clone(),
-        )
-        copy = self.weights.replaced(
-            w13=self.weights.w13.clone(),
-            w13_scale=self.weights.w13_scale.clone(),
-            w2=self.weights.w2.clone(),
-            w2_scale=self.weights.w2_scale.clone(),
-        )
-        self.backend = HopperBackend()
-        assert self.backend.supports(self.problem) is None
-        self.ready = self.backend.prepare(self.problem, copy)
+class Layer(hopper_layers.Layer):
+    """As a server's layer is called."""
 
     def __call__(
         self, x: torch.Tensor, route: torch.Tensor, ids: torch.Tensor, factor: float = 1.0
@@ -106,7 +33,7 @@ class Layer:
         """Relative L2 against the oracle; NaN stays NaN."""
         x, route, ids = call
         wanted = moe_reference(x, self.weights, route, ids, scheme=self.case.scheme)
-        return float((out.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+        return relative_error(out, wanted)
 
 
 def call(case: Case, tokens: int, kind: str, seed: int) -> tuple[torch.Tensor, ...]:
@@ -136,13 +63,19 @@ SHARDS = [
     Case(full_inner=768, tp=2),  # 384 columns, three stages of one group
     Case(hidden=544, full_inner=512, tp=4, group=32),  # hidden filled up to 576
     Case(hidden=1056, full_inner=768, group=32, scheme=PER_TOKEN),
+    # Hidden sizes of models for tests, the first and the third filled up to 64 and 128
+    Case(hidden=32, full_inner=512, tp=8, group=32),
+    Case(hidden=64, full_inner=2048, tp=8, group=64, scheme=PER_TOKEN),
+    Case(hidden=96, full_inner=768, tp=8, group=32, scheme=PER_TOKEN),
+    Case(hidden=128, full_inner=1024, tp=8),
+    Case(hidden=128, full_inner=512, tp=1, group=32),
 ]
 
 
 @pytest.mark.parametrize("case", SHARDS, ids=str)
 def test_shards_off_the_grid(case: Case) -> None:
     layer = Layer(case)
-    for tokens in (1, 5, 33, 150, 500):
+    for tokens in (1, 5, 33, 150, 500, 1100):
         for kind in KINDS[:5]:
             inputs = call(case, tokens, kind, tokens)
             out = layer(*inputs)

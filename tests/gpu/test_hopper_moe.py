@@ -197,6 +197,12 @@ CASES = [
     Case(inner=512, hidden=512, group=32, inner_group=32),
     Case(inner=64, inner_group=32, group=64, hidden=640, minus_eight=True),
     Case(experts=5, inner=320, hidden=704, group=64, inner_group=64, top_k=2, dynamic=True),
+    # Hidden sizes of models for tests
+    Case(hidden=64, inner=64, group=32, inner_group=32),
+    Case(hidden=64, inner=256, group=64, minus_eight=True, dynamic=True),
+    Case(hidden=128, inner=64, inner_group=64, minus_eight=True),
+    Case(hidden=128, inner=128, group=32, inner_group=64, dynamic=True),
+    Case(experts=5, hidden=128, inner=320, group=64, inner_group=64, top_k=2),
 ]
 SIZES = [("small", 1), ("small", 3), ("small", 8), ("small", 13), ("large", 1), ("large", 7)]
 SIZES += [("large", 33), ("large", 75), ("large", 150), ("large", 500)]
