@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.srt.peers.marlin import repack_module
 from sglang_w4afp8.tools.bench_peers import PROVIDERS, providers
 
+ROOT = Path(__file__).parents[2]
 EXPERTS, HIDDEN, TOP_K, TOKENS = 4, 256, 2, 3
 H100 = Device("cuda", (9, 0), "NVIDIA H100 80GB HBM3")
 
@@ -111,6 +114,24 @@ def prepared(name: str, inner: int) -> Any:
 def test_all_providers_load_in_order() -> None:
     assert [provider.name for provider in providers()] == list(PROVIDERS)
     assert [p.name for p in providers(["deepgemm-fp8", "ours"])] == ["ours", "deepgemm-fp8"]
+
+
+def test_documented_tolerances_are_the_ones_in_use() -> None:
+    text = (ROOT / "docs/kernels.md").read_text()
+    table = text[text.index("| peer | activations | allowed") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table.splitlines()[2:]]
+    documented = {
+        name.strip("` "): float(allowed) for names, _, allowed in rows for name in names.split(",")
+    }
+    assert documented == {provider.name: provider.tolerance for provider in providers()}
+
+
+def test_marlins_tolerance_is_about_what_it_was_measured_to_need() -> None:
+    files = sorted((ROOT / "benchmarks/results").glob("moe-*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
+    found = [row["error"] for row in rows if row["provider"] == "marlin-w4a16" and "error" in row]
+    (marlin,) = providers(["marlin-w4a16"])
+    assert len(found) > 20 and max(found) < marlin.tolerance < 2 * max(found)
 
 
 def test_marlin(monkeypatch: pytest.MonkeyPatch) -> None:

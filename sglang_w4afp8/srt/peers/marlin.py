@@ -56,7 +56,11 @@ class MarlinW4A16:
     """``fused_marlin_moe`` as SGLang's Marlin runner calls it."""
 
     name = "marlin-w4a16"
-    tolerance = 1e-2  # BF16 scales times INT4 is exact in FP32, products round to BF16
+    # BF16 scales times INT4 is exact in FP32, but gate and up, their product, pairs' results and
+    # the sum over experts are BF16, and SGLang has Marlin add up parts of K by BF16 atomics on
+    # Hopper: for one token, which shares its experts with nobody, 8e-3 with 256 columns on a rank
+    # and 1.3e-2 with 64 (benchmarks/results). With more tokens it is 6e-3.
+    tolerance = 2e-2
 
     def judged_by(self, scheme: ActivationScheme) -> ActivationScheme:
         """Activations are not quantised."""
