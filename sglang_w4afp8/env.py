@@ -87,7 +87,8 @@ ACT_SCALES = Variable(
     "",
     (),
     "File of calibrated activation amaxes, as `convert --act-scales` reads it: static activation "
-    "scales for a checkpoint that has none (with `--quantization w4afp8`).",
+    "scales for a checkpoint that has none (with `--quantization w4afp8`), the MTP layer of a "
+    "draft included.",
 )
 CACHE_DIR = Variable(
     "SGLANG_W4AFP8_CACHE_DIR",

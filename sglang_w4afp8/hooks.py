@@ -101,6 +101,13 @@ _HOST = (
         "whether a checkpoint has any quantization config",
         every_process=False,
     ),
+    _host(
+        "sglang.srt.configs.model_config:ModelConfig.__init__",
+        Kind.TEXT,
+        ("self.is_draft_model = is_draft_model", "self.hf_text_config = get_hf_text_config("),
+        "which layer of the checkpoint an MTP module is",
+        every_process=False,
+    ),
     _host("sglang.srt.utils:is_cuda", Kind.CALL, (), "who applies routed_scaling_factor"),
     # On CUDA the method multiplies, elsewhere the model does; twice or never would be silent.
     *(

@@ -155,8 +155,21 @@ def amaxes_of_source(
     return found
 
 
-def scales_for_layers(amaxes: Amaxes, layers: Iterable[int]) -> Amaxes:
+WAYS_TO_SCALES = (
+    "calibrate again with text that reaches these layers (the MTP layer included)",
+    "--activation dynamic  needs no scales",
+)
+
+
+def scales_for_layers(
+    amaxes: Amaxes, layers: Iterable[int], ways: Sequence[str] = WAYS_TO_SCALES
+) -> Amaxes:
     """Input scales of every layer and GEMM that is converted.
+
+    Args:
+        amaxes: what :func:`load_amaxes` read.
+        layers: whose.
+        ways: out of a missing amax.
 
     Returns:
         ``(layer, gemm)`` → scale, BF16-representable.
@@ -168,12 +181,11 @@ def scales_for_layers(amaxes: Amaxes, layers: Iterable[int]) -> Amaxes:
     missing = [key for key in needed if key not in amaxes]
     if missing:
         names = ", ".join(f"layer {layer} {gemm}" for layer, gemm in missing[:6])
+        known = sorted({layer for layer, _ in amaxes})
         raise ConfigError(
-            f"no activation amax for {len(missing)} of {len(needed)} GEMMs: {names}",
+            f"no activation amax for {len(missing)} of {len(needed)} GEMMs: {names}; there are "
+            f"some for {len(known)} layers, {known[0]} to {known[-1]}",
             "SGLang would take 1.0 for a missing input scale without a word",
-            [
-                "calibrate again with text that reaches these layers (the MTP layer included)",
-                "--activation dynamic  needs no scales",
-            ],
+            ways,
         )
     return {key: static_scale(amaxes[key]) for key in needed}

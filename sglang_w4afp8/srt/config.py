@@ -38,6 +38,12 @@ logger = logging.getLogger(__name__)
 NAME = "w4afp8"
 
 
+_WAYS_WITHOUT_ACT_SCALES = (
+    f"unset {env.ACT_SCALES.name}  (a checkpoint without input scales gets scales per token)",
+    "--speculative-draft-model-quantization fp8  leaves the experts of an FP8 draft alone",
+)
+
+
 def _int4_linear(prefix: str, kind: str) -> ConfigError:
     return ConfigError(
         f"{prefix} is INT4 in this {kind} checkpoint",
@@ -64,6 +70,8 @@ class ShardedW4AFp8Config(W4AFp8Config):
             source = dense_source()
         self.source = source
         stated = spec or (source.spec if source else QuantSpec.default())
+        # MTP modules change the number of layers in their model's config when they are built.
+        self._model = host.built_model()
         self._act_scales: Amaxes | None = None
         if env.ACT_SCALES.get():
             self._act_scales = load_amaxes(env.ACT_SCALES.get())
@@ -167,16 +175,43 @@ class ShardedW4AFp8Config(W4AFp8Config):
         """Static input scales of a layer from ``SGLANG_W4AFP8_ACT_SCALES``: ``w13``, ``w2``.
 
         Raises:
-            ConfigError: the file has none for this layer.
+            ConfigError: the file has none for this layer, or which layer this is cannot be told.
         """
-        layer = layer_of(prefix)
         if self._act_scales is None or self.spec.moe_activation is not ActivationScheme.STATIC:
             return None
-        if layer is None:
-            # The MTP layer's module is called model.decoder; its tensors are the last layer's.
-            layer = max(number for number, _ in self._act_scales)
-        scales = scales_for_layers(self._act_scales, [layer])
+        layer = self._act_scales_layer(prefix)
+        kind = "the MTP layer" if layer == self._model.layers else "this layer"
+        ways = (
+            f"calibrate again with {kind}: amaxes model.layers.{layer}.mlp.experts.w13 and ….w2",
+            *_WAYS_WITHOUT_ACT_SCALES[: 2 if self._model.is_draft else 1],
+        )
+        scales = scales_for_layers(self._act_scales, [layer], ways)
         return {gemm: value for (_, gemm), value in scales.items()}
+
+    def _act_scales_layer(self, prefix: str) -> int:
+        """The layer of the checkpoint that a module's tensors have their names from.
+
+        An MTP module is called model.decoder, or has the number behind the last decoder layer;
+        its tensors have the latter. Other drafts count their layers from 0, as the target does.
+        """
+        number, (layers, is_draft) = layer_of(prefix), self._model
+        if number is not None and not is_draft:
+            return number
+        # A draft of one layer is a checkpoint of its own, in which the MTP layer has number 0.
+        if layers is not None and layers > 1 and number in (None, layers):
+            return layers
+        model = "a draft model" if is_draft else "a model"
+        count = "an unknown number of" if layers is None else layers
+        raise ConfigError(
+            f"{prefix} of {model} with {count} layers, and {env.ACT_SCALES.name}="
+            f"{env.ACT_SCALES.get()}",
+            "which layer of that file this is cannot be told; a scale of another layer may be too "
+            "small, and would clip without a word",
+            [
+                "use a draft that is the MTP layer behind the last one in the target's checkpoint",
+                *_WAYS_WITHOUT_ACT_SCALES,
+            ],
+        )
 
     def _is_skipped(self, prefix: str) -> bool:
         mapping = getattr(self, "packed_modules_mapping", None) or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,9 +58,29 @@ def load_format() -> str:
 _model_being_built: Any = None
 
 
+class BuiltModel(NamedTuple):
+    """The model whose quantization config is being made.
+
+    Attributes:
+        layers: decoder layers, without those of MTP; None where that is not known.
+        is_draft: whether it drafts for another one (speculative decoding).
+    """
+
+    layers: int | None
+    is_draft: bool
+
+
+def built_model() -> BuiltModel:
+    """What is known of the model being built; outside a server nothing is."""
+    text = getattr(_model_being_built, "hf_text_config", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    draft = bool(getattr(_model_being_built, "is_draft_model", False))
+    return BuiltModel(layers if isinstance(layers, int) else None, draft)
+
+
 @contextmanager
 def building(model_config: Any) -> Iterator[None]:
-    """Note whose quantization config is being made, for :func:`is_unquantised_checkpoint`."""
+    """Note whose quantization config is being made, for the functions above and below."""
     global _model_being_built
     _model_being_built = model_config
     try:

@@ -192,9 +192,6 @@ def test_static_scales_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SGLANG_W4AFP8_ACT_SCALES", str(file))
     with virtual_rank(0, 2):
         found = load(config_of(source), tensors_of(source), LAYER)
-        # The MTP layer's module has another name than its tensors.
-        config = config_of(source)
-        assert config.act_scales_of("model.decoder.mlp.experts") == config.act_scales_of(MTP)
         monkeypatch.delenv("SGLANG_W4AFP8_ACT_SCALES")
         expected = load(config_of(tmp_path / "static"), tensors_of(tmp_path / "static"), LAYER)
     for scales in zip(
