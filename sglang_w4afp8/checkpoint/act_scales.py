@@ -61,6 +61,13 @@ def _add(found: Amaxes, name: str, value: float) -> None:
             "no layer and GEMM can be read from this name",
             ["use names like model.layers.3.mlp.experts.w13 and ….w2 (values are amaxes)"],
         )
+    if name.startswith("mtp."):
+        raise ConfigError(
+            f"{name!r} in the activation scales",
+            "layers of mtp.* are counted from 0, as the decoder's are: their amaxes would be taken "
+            "for one layer's",
+            ["leave them out of the file, and  --keep '^mtp'", "--activation dynamic"],
+        )
     if match["kind"] == "input_scale":
         value *= FP8_MAX
     if not math.isfinite(value) or value <= 0.0:

@@ -164,6 +164,24 @@ def _group_of(
     return _result_group(taken_over, options.group_size, shape[1], parts.prefix)
 
 
+def _check_calibration(name: ExpertName, other: str, options: ConvertOptions) -> None:
+    """Refuse what is calibrated by the number of a layer that two modules have.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if options.activation == "static" or options.method == "gptq":
+        what = "activation amaxes" if options.activation == "static" else "second moments"
+        raise ConfigError(
+            f"{other} and {name.module} are both layer {name.layer}",
+            f"{what} are looked up by layer, so one would get the other's without a word",
+            [
+                f"--keep '^{name.module}$'  leaves these experts as they are",
+                "--activation dynamic  with --method mse needs no calibration",
+            ],
+        )
+
+
 def make_plan(
     index: CheckpointIndex,
     options: ConvertOptions,
@@ -200,7 +218,7 @@ def make_plan(
     formats: Counter[str] = Counter()
     rounded = 0
     groups: set[int] = set()
-    layers: set[int] = set()
+    modules: dict[int, str] = {}
     for prefix, (name, parts) in experts.items():
         bundle = ExpertParts(prefix, parts, quant)
         source = detect(bundle)
@@ -232,7 +250,8 @@ def make_plan(
         formats[source.name] += 1
         rounded += options.requantize or source.group_size(bundle) is None
         groups.add(group)
-        layers.add(name.layer)
+        if modules.setdefault(name.layer, name.module) != name.module:
+            _check_calibration(name, modules[name.layer], options)
     if len(groups) > 1:
         raise ConfigError(
             f"experts would have group sizes {sorted(groups)}",
@@ -260,7 +279,7 @@ def make_plan(
         jobs=[job for job in jobs.values() if job.outputs],
         formats=dict(formats),
         rounded=rounded,
-        layers=sorted(layers),
+        layers=sorted(modules),
         kept=sorted(kept),
         group_size=groups.pop() if groups else options.group_size or 128,
         weight_block_size=linears.block,

@@ -164,6 +164,29 @@ def test_static_needs_scales_for_every_layer(tmp_path):
     assert not (tmp_path / "dst").exists()
 
 
+def test_an_mtp_layer_with_a_decoder_layers_number_is_not_calibrated_as_that_layer(tmp_path):
+    config = model_config(MoeShape())
+    tensors = {
+        name.replace("model.layers.2.", "mtp.layers.1."): tensor
+        for name, tensor in float_weights(MoeShape()).items()
+    }
+    source = write_checkpoint(tmp_path / "src", tensors, config)
+    amaxes = tmp_path / "amax.json"
+    ours = {f"{EXPERTS}.w13": 3.3, f"{EXPERTS}.w2": 1.0}
+    amaxes.write_text(json.dumps(ours))
+    with pytest.raises(ConfigError, match=r"mtp\.layers\.1\.mlp\.experts are both layer 1"):
+        convert_checkpoint(source, tmp_path / "dst", act_scales=amaxes)
+    convert_checkpoint(source, tmp_path / "kept", act_scales=amaxes, keep=["^mtp"])
+    scales = {n: float(t) for n, t in tensors_of(tmp_path / "kept").items() if "input_scale" in n}
+    assert len(scales) == 4 * 3 and all(name.startswith(EXPERTS) for name in scales)
+    amaxes.write_text(json.dumps(ours | {"mtp.layers.1.mlp.experts.w13": 90.0}))
+    with pytest.raises(ConfigError, match="counted from 0"):
+        convert_checkpoint(source, tmp_path / "dst", act_scales=amaxes, keep=["^mtp"])
+    assert not (tmp_path / "dst").exists()
+    report = convert_checkpoint(source, tmp_path / "dst", activation="dynamic")
+    assert report.tensors_converted == 2 * 4 * 3
+
+
 def test_amaxes_are_reduced_over_experts_and_projections(tmp_path):
     tensors = {
         f"{EXPERTS}.0.gate_proj.input_quantizer._amax": torch.tensor(2.0),
