@@ -137,12 +137,91 @@ void all(uint8_t* region, int sms) {
     if constexpr (kKind < kStore) {
       for (const int row : {128, 256, 512}) run<kKind>(region, bytes, row, 1, sms);
     } else if constexpr (kKind == kRedS32 || kKind == kRedU64) {
-      for (const int row : {32, 128}) run<kKind>(region, bytes, row, 4, sms);
+      for (const int row : {32, 64, 128}) run<kKind>(region, bytes, row, 4, sms);
     } else {
       for (const int row : {64, 128, 512}) run<kKind>(region, bytes, row, 4, sms);
     }
   }
   if constexpr (kKind + 1 < kKinds) all<kKind + 1>(region, sms);
+}
+
+// What a ring of slices costs that all CTAs write and read: in each step a CTA writes its share of a
+// slice and reads somebody else's share of the one before. Nothing waits for a buffer to be free, as
+// only the traffic counts. `hint`: 0 none, 1 evict_last for both, 2 reads of 1 that discard lines.
+constexpr int kRingThreads = 512;
+template <int kHint>
+__global__ void __launch_bounds__(kRingThreads) ring(uint8_t* region, uint64_t slice, int buffers,
+                                                     int steps, uint32_t* counts, uint32_t* sink) {
+  const uint64_t share = slice / gridDim.x / (kRingThreads * 16) * (kRingThreads * 16);
+  const uint64_t mine = blockIdx.x * share + threadIdx.x * 16;
+  const uint64_t other = (blockIdx.x + gridDim.x / 2) % gridDim.x * share + threadIdx.x * 16;
+  uint64_t policy = 0;
+  if (kHint) asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  uint32_t sum = 0;
+  for (int step = 0; step < steps; ++step) {
+    uint8_t* to = region + step % buffers * slice + mine;
+#pragma unroll 4
+    for (uint64_t at = 0; at < share; at += kRingThreads * 16) {
+      if constexpr (kHint)
+        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1,%1,%1,%1}, %2;" ::"l"(to + at),
+                     "r"(step), "l"(policy) : "memory");
+      else
+        asm volatile("st.global.v4.u32 [%0], {%1,%1,%1,%1};" ::"l"(to + at), "r"(step) : "memory");
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counts + step)
+                   : "memory");
+      uint32_t seen = 0;
+      while (step > 0 && seen < gridDim.x) {
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counts + step - 1) : "memory");
+      }
+    }
+    __syncthreads();
+    if (step == 0) continue;
+    uint8_t* from = region + (step - 1) % buffers * slice + other;
+#pragma unroll 4
+    for (uint64_t at = 0; at < share; at += kRingThreads * 16) {
+      const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from + at));
+      sum += v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if constexpr (kHint == 2) {
+      for (uint64_t at = 0; at < share; at += kRingThreads * 16) {
+        if (threadIdx.x % 8 == 0) {
+          asm volatile("discard.global.L2 [%0], 128;" ::"l"(from + at) : "memory");
+        }
+      }
+    }
+  }
+  if (sum == 0x12345678u) *sink = sum;
+}
+
+template <int kHint>
+void run_ring(uint8_t* region, int slice_mb, int buffers, int sms) {
+  const uint64_t slice = static_cast<uint64_t>(slice_mb) << 20;
+  const int steps = 1024 / slice_mb;
+  uint32_t* counts;
+  CHECK(cudaMalloc(&counts, (steps + 1) * 4));
+  cudaEvent_t begin, end;
+  CHECK(cudaEventCreate(&begin));
+  CHECK(cudaEventCreate(&end));
+  float best = 1e9f;
+  for (int i = 0; i < 4; ++i) {
+    CHECK(cudaMemset(counts, 0, (steps + 1) * 4));
+    CHECK(cudaEventRecord(begin));
+    ring<kHint><<<sms, kRingThreads>>>(region, slice, buffers, steps, counts, counts + steps);
+    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventSynchronize(end));
+    float ms;
+    CHECK(cudaEventElapsedTime(&ms, begin, end));
+    best = ms < best ? ms : best;
+  }
+  CHECK(cudaFree(counts));
+  const uint64_t share = slice / sms / (kRingThreads * 16) * (kRingThreads * 16);
+  printf("{\"kind\": \"ring, %s\", \"slice_mb\": %d, \"buffers\": %d, \"gb_s_each_way\": %.0f}\n",
+         kHint == 0 ? "no hint" : kHint == 1 ? "evict_last" : "evict_last, discarded", slice_mb,
+         buffers, static_cast<double>(share) * sms * steps / best * 1e-6);
+  fflush(stdout);
 }
 
 int main() {
@@ -152,4 +231,11 @@ int main() {
   CHECK(cudaMalloc(&region, 512u << 20));
   CHECK(cudaMemset(region, 0, 512u << 20));
   all<0>(region, sms);
+  for (const int slice_mb : {2, 4, 8, 16, 64}) {
+    for (const int buffers : {2, 4}) {
+      run_ring<0>(region, slice_mb, buffers, sms);
+      run_ring<1>(region, slice_mb, buffers, sms);
+      run_ring<2>(region, slice_mb, buffers, sms);
+    }
+  }
 }
