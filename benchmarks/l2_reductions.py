@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from sglang_w4afp8.tools.bench import environment
+from sglang_w4afp8.tools.bench_environment import environment
 
 
 def main() -> None:
