@@ -211,6 +211,32 @@ def cutlass_table() -> str:
     return "\n".join(lines)
 
 
+def l2_table() -> str:
+    """``benchmarks/results/l2-reductions-h100.json``: random rows of 128 bytes, GB/s."""
+    path = RESULTS / "l2-reductions-h100.json"
+    if not path.exists():
+        return NOT_MEASURED
+    rows = json.loads(path.read_text())["rows"]
+    regions = [4, 24, 512]
+    lines = ["| | 4 MB | 24 MB | 512 MB |", "|---|--:|--:|--:|"]
+    kinds = {
+        "bulk store": "bulk stores",
+        "bulk bf16": "bulk reductions, BF16",
+        "bulk f32": "bulk reductions, FP32",
+        "bulk u64": "bulk reductions, 64-bit integers",
+        "lanes v4.f32": "`red` of lanes, FP32 × 4",
+        "lanes u64": "`red` of lanes, 64-bit integers",
+    }
+    for kind, text in kinds.items():
+        rates = {
+            row["region_mb"]: row["gb_s"]
+            for row in rows
+            if row["kind"] == kind and row["row_bytes"] == 128
+        }
+        lines.append(f"| {text} | " + " | ".join(f"{rates[mb]}" for mb in regions) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "cutlass": ("../patches/cover-letter.md", cutlass_table),
     "variables": ("configuration.md", variables_table),
@@ -223,6 +249,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "prefill-peers": ("kernels.md", partial(peers_table, True)),
     "prefill-skew": ("kernels.md", skew_table),
     "prefill-memory": ("kernels.md", memory_table),
+    "l2": ("kernels.md", l2_table),
     "scaling": ("multi-node.md", scaling_table),
 }
 
