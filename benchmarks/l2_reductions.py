@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main() -> None:
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()))
     if options.json:
-        text = {**environment(options.commit), "rows": rows}
+        command = ["python", "benchmarks/l2_reductions.py", *sys.argv[1:]]
+        text = {**environment(options.commit), "command": " ".join(command), "rows": rows}
         options.json.write_text(json.dumps(text, indent=1) + "\n")
 
 

@@ -5,8 +5,8 @@
 Runs the tests that give w2 back bit for bit (all four paths, one token to hundreds) under
 racecheck and memcheck, limited to kernels with ``w4a8`` in their names, as torch's are not ours to
 judge. A kernel with such a name and a race on purpose goes first, so that a filter that matches
-nothing cannot look clean. Needs a Hopper card and the CUDA toolkit; about two minutes. Exits with 1
-unless the control is caught and everything else is clean.
+nothing cannot look clean. Needs a Hopper card and the CUDA toolkit. Exits with 1 unless the control
+is caught and everything else is clean.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,9 @@ def main() -> int:
     parser.add_argument("--commit", help="of this package; asked from git by default")
     parser.add_argument("--limit", type=float, default=600, help="seconds for each tool")
     options = parser.parse_args()
+    for program in ("compute-sanitizer", "nvcc"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is not on PATH: add the bin folder of a CUDA toolkit")
     # Kernels are compiled and cached first: the sanitizer follows children and slows them down.
     _tests([], 600)
     control = _control()
@@ -91,7 +95,10 @@ def _control() -> int:
 
 def _tests(wrapper: list[str], limit: float) -> subprocess.CompletedProcess[str]:
     command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{' '.join(command)}: not done in {limit:.0f} s; raise --limit") from None
     if not wrapper and done.returncode:
         raise SystemExit(f"the tests fail without a sanitizer:\n{done.stdout[-2000:]}")
     return done
