@@ -1,0 +1,152 @@
+// The ring of stages that the matrix kernels of the prefill path share: its sizes and barriers, the
+// items that are worked on, and who claims them. What travels through it: prefill.cuh.
+//
+// W4_K, W4_TILES: the cut of the weights (hopper/layout.py). W4_GROUP, W4_MINUS_EIGHT: as ever.
+#pragma once
+#include "primitives.cuh"
+
+constexpr int kSpan = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kPerWg = W4_PER_WG;
+constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
+constexpr int kTokens = 128;
+// A stage of the ring is a stage of the layout: its weights come in one or two large copies, as many
+// small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns.
+constexpr int kHalves = kSpan == 256 ? 2 : 1;
+constexpr int kK = kSpan / kHalves;
+constexpr int kGroups = kK / kGroup;                  // scale groups of a half
+constexpr int kSteps = kGroup / 32;                   // wgmmas per scale group
+constexpr int kRowTiles = 2 * kPerWg;
+constexpr int kTileBytes = kSpan * 32;                // INT4 of 64 rows
+constexpr int kTileScaleBytes = kSpan / kGroup * 128;
+constexpr int kWeightBytes = kRowTiles * kTileBytes;
+constexpr int kScaleBytes = kRowTiles * kTileScaleBytes;
+constexpr int kTokenBytes = kTokens * kK;             // of a half
+// Tokens lie in panels of 128 or 64 columns, a row of 128 or 64 bytes for each token, swizzled as the
+// matrix unit knows it: 16-byte piece p of row r is at p ^ (r % 8), or p ^ (r / 2 % 4). Eight lanes
+// copy a row (or two) at a time, whole lines of memory, without bank conflicts.
+constexpr int kPanel = kK == 128 ? 128 : 64;
+constexpr int kPieces = kPanel / 16;
+constexpr int kRowsAtOnce = 32 / kPieces;
+constexpr int kStageBytes =
+    (kHalves * kTokenBytes + kWeightBytes + kScaleBytes + 1023) / 1024 * 1024;
+constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
+constexpr int kConsumers = 256;
+constexpr int kThreads = kConsumers + 128;
+constexpr int kQueue = 4;  // items that are claimed ahead
+constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
+static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
+
+// The list of one batch of pairs, sorted by expert (prefill_route.cu).
+struct Tile {
+  int expert, first, count, unused;  // columns[first .. first + count)
+};
+
+enum Kind { kEnd, kMatrix, kCombine };
+
+struct __align__(16) Item {
+  int kind, expert, first, count;
+  union {
+    int tile;   // up: number of the tile
+    int slice;  // down: part of the outputs
+  };
+  int block, step, list;  // block of kRowTiles row tiles; down: step, see Order
+};
+
+struct Queue {
+  Item item[kQueue];
+};
+
+// Shared-memory addresses: stages, what is free behind them, their barriers, the queue's barriers.
+struct Ring {
+  u32 stages, end, bars, queue_bars;
+  int size;
+  __device__ __forceinline__ u32 weights_full(int slot) const { return bars + slot * kBars; }
+  __device__ __forceinline__ u32 tokens_full(int slot, int half) const {
+    return bars + slot * kBars + 8 + half * 8;
+  }
+  __device__ __forceinline__ u32 empty(int slot) const { return bars + slot * kBars + 24; }
+  __device__ __forceinline__ u32 stage(int slot) const { return stages + slot * kStageBytes; }
+};
+
+// A role's way around the ring.
+struct Place {
+  int slot = 0;
+  u32 phase = 0;
+  __device__ __forceinline__ void advance(int size) {
+    if (++slot == size) slot = 0, phase ^= 1;
+  }
+};
+
+// ---- claiming ------------------------------------------------------------------------------------
+// One lane. `describe(number)` gives item `number`, kEnd past the last one. The claim of the item
+// after next is on its way while an item is described.
+template <class Describe>
+__device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* counter,
+                                      Describe describe) {
+  u32 next = atomicAdd(counter, 1u);
+  for (int i = 0;; ++i) {
+    const u32 number = next;
+    next = atomicAdd(counter, 1u);
+    const Item item = describe(number);
+    const u32 bar = ring.queue_bars + i % kQueue * 16;
+    barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
+    queue.item[i % kQueue] = item;
+    barrier_arrive(bar);
+    if (item.kind == kEnd) return;
+  }
+}
+
+// A whole warp: items in turn. An item may be overwritten once it has been released.
+constexpr int kReaders = kConsumers / 32 + 3;
+struct Reader {
+  int number = 0;
+  __device__ __forceinline__ const Item& wait(const Queue& queue, const Ring& ring) {
+    const int slot = number % kQueue;
+    barrier_wait(ring.queue_bars + slot * 16, (number / kQueue) & 1);
+    return queue.item[slot];
+  }
+  __device__ __forceinline__ void release(const Ring& ring) {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+      barrier_arrive(ring.queue_bars + number % kQueue * 16 + 8);
+    }
+    ++number;
+  }
+  __device__ __forceinline__ Item next(const Queue& queue, const Ring& ring) {
+    const Item item = wait(queue, ring);
+    release(ring);
+    return item;
+  }
+};
+
+// ---- set-up --------------------------------------------------------------------------------------
+// `extra`: bytes that the caller wants behind the stages.
+__device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
+  Ring ring;
+  ring.stages = (smem_address(shared) + 1023) & ~1023u;  // swizzled rows repeat after 1 KB
+  ring.end = ring.stages + size * kStageBytes;
+  ring.bars = ring.end + extra;
+  ring.queue_bars = ring.bars + size * kBars;
+  ring.size = size;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < size; ++i) {
+      barrier_init(ring.weights_full(i), 1);
+      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 64);
+      barrier_init(ring.empty(i), kConsumers / 32);
+    }
+    for (int i = 0; i < kQueue; ++i) {
+      barrier_init(ring.queue_bars + i * 16, 1);
+      barrier_init(ring.queue_bars + i * 16 + 8, kReaders);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  return ring;
+}
+
+// The register file is the consumers'; producers have addresses only.
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+}
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+}
