@@ -125,9 +125,11 @@ def decode_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def c_constants(source: str, defines: dict[str, Any]) -> dict[str, Any]:
     """The ``constexpr`` integers at the outermost level of a file, and the macros.
 
-    Without ``W4_ROW_SCALES``. A file that has a ``Shape`` finds it in ``defines`` as ``S``.
+    Without ``W4_ROW_SCALES``. A file that has a ``Shape`` finds it in ``defines`` as ``S``. Macros
+    with a default in the sources need not be in ``defines``.
     """
-    scope = dict(defines)
+    defaults = re.findall(r"^#ifndef (\w+)\n#define \1 (\d+)\n#endif$", c_text(source), re.M)
+    scope = {name: int(value) for name, value in defaults} | defines
     row_scales = re.compile(r"^#if W4_ROW_SCALES\n.*?^(?:#else\n(.*?)^)?#endif\n", re.M | re.S)
     text = row_scales.sub(r"\1", c_text(source))
     found = re.findall(r"^constexpr (?:int|u32|bool) (.*?);", text, re.M | re.S)

@@ -24,6 +24,15 @@ C = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
 
 
+def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
+    """The tiles of one expert's pairs, which begin at ``first``."""
+    scope = {**C, "tokens": tokens, "lists": lists, "tid": expert, "first": first}
+    cut = c_locals("prefill_route.cu", "Tiles of equal size", "least tiles size", scope)
+    text = c_find("prefill_route.cu", ("Tiles of equal size",), "out[i]")
+    text = text.replace("Tile{", "(").replace("}", ")")
+    return [c_value(text, cut | {"i": i})[:3] for i in range(cut["tiles"])]
+
+
 class Route:
     """``sort_part`` of all blocks; what it writes, as dictionaries from index to value."""
 
@@ -69,7 +78,7 @@ class Route:
             yield values[begin : begin + self.part]
 
     def place_part(self, name: str, part: int) -> list[int]:
-        lists = SimpleNamespace(parts=self.parts[name])
+        lists = SimpleNamespace(parts=self.parts[name], together=getattr(self.plan, name).together)
         p = SimpleNamespace(sorters=len(self.counts))
         scope = {**C, "part": part, "lists": lists, "p": p}
         s = c_locals("prefill_route.cu", "int place_part", "list first_part last_part", scope)
@@ -81,15 +90,12 @@ class Route:
             before = sum(self.counts[i][tid] for i in in_list if i < part)
             begins.append(first + before)
             if tokens and part == s["first_part"]:
-                scope = {**C, "tokens": tokens}
-                cut = c_locals("prefill_route.cu", "Tiles of equal size", "tiles size", scope)
-                size = cut["size"]
-                for i in range(cut["tiles"]):
+                found = cut_tiles(tid, first, tokens, lists)
+                for i, one in enumerate(found):
                     key = s["list"], tile + i
                     assert key not in self.tiles[name]
-                    count = min(size, tokens - i * size)
-                    self.tiles[name][key] = tid, first + i * size, count
-                tile += cut["tiles"]
+                    self.tiles[name][key] = one
+                tile += len(found)
             first += tokens
         if part == s["first_part"]:
             self.header[name][s["list"]] = tile
@@ -112,12 +118,33 @@ ROUTES: list[tuple[int, int, int, Callable[[int, int], list[int]]]] = [
 ]
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_tiles_of_an_expert_are_shared_out(together: int) -> None:
+    """For every number of tokens: whole clusters, each with tokens, and of about equal size."""
+    for tokens in range(1, 5000):
+        tiles = cut_tiles(7, 100, tokens, SimpleNamespace(together=together))
+        counts = [count for _, _, count in tiles]
+        assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // C["kTokens"])
+        assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= C["kTokens"]
+        assert all(counts[::together]), "a cluster without work"
+        full = [count for count in counts if count]
+        assert len(counts) - len(full) < together and counts[: len(full)] == full
+        assert len({*full[:-1]}) <= 1 and all(count % 16 == 0 for count in full[:-1])
+        assert max(counts) - tokens / len(tiles) < 16, "wider than an equal share needs"
+        at = 100
+        for expert, first, count in tiles:
+            assert expert == 7 and (first == at or count == 0)
+            at += count
+
+
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "make"), ROUTES)
 def test_every_pair_is_in_one_tile_of_its_expert(
     tokens: int,
     top_k: int,
     experts: int,
     make: Callable[[int, int], list[int]],
+    together: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(tokens)
@@ -125,7 +152,9 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     ids = make(tokens * top_k, experts)
     monkeypatch.setattr(plan_prefill, "UP_LIST_PAIRS", 4096)
     monkeypatch.setattr(plan_prefill, "SLICE_PAIRS", 9000)
+    monkeypatch.setattr(plan_prefill, "CLUSTER_PAIRS", 0 if together == 2 else 1 << 30)
     plan = planned(layer, tokens, 132)
+    assert (plan.up.together, plan.down.together) == (together, 1)
     found = Route(ids, layer, plan)
     assert sorted(found.place) == list(range(len(ids)))
     local = [pair for pair, e in enumerate(ids) if 0 <= e < experts]
@@ -137,7 +166,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
         seen = []
         for (number, tile), (expert, first, count) in found.tiles[name].items():
             assert tile < found.header[name][number] <= lists.max_tiles
-            assert 0 < count <= C["kTokens"] and first + count <= list_pairs
+            assert 0 <= count <= C["kTokens"] and (count == 0 or first + count <= list_pairs)
             for at in range(first, first + count):
                 pair = columns[number * list_pairs + at]
                 assert ids[pair] == expert and pair // list_pairs == number
@@ -148,12 +177,21 @@ def test_every_pair_is_in_one_tile_of_its_expert(
         assert len(found.tiles[name]) == sum(found.header[name].values())
         for key, group in groupby(found.tiles[name].items(), key=lambda t: (t[0][0], t[1][0])):
             counts = [count for _, (_, _, count) in group]
-            assert len(counts) == -(-sum(counts) // C["kTokens"]), key
-            assert all(n == counts[0] and n % 16 == 0 for n in counts[:-1]) and counts[-1] > 0
+            least = -(-sum(counts) // C["kTokens"])
+            assert len(counts) == -(-least // lists.together) * lists.together, key
+        # The CTAs of a cluster share weights: their tiles are of one expert.
+        experts_of = [
+            [found.tiles[name][n, t][0] for t in range(found.header[name][n])]
+            for n in range(lists.count)
+        ]
+        assert all(
+            one[:: lists.together] == one[lists.together - 1 :: lists.together]
+            for one in experts_of
+        )
 
 
 # ---- order of items ------------------------------------------------------------------------------
-UP, DOWN = "prefill_up.cu", "prefill_down.cu"
+UP, DOWN, RING = "prefill_up.cu", "prefill_down.cu", "prefill_ring.cuh"
 Item = dict[str, int]
 
 
@@ -268,25 +306,67 @@ def test_down_waits_for_earlier_items_only(
     assert len(done) <= 2 * p.slices * p.lists and max(done) < 2 * p.slices * p.lists
 
 
-@pytest.mark.parametrize(("rows", "per_wg"), [(512, 2), (64, 1), (384, 1), (1408, 2)])
-def test_up_claims_every_block_of_every_tile_once(rows: int, per_wg: int) -> None:
-    header = [4, 0, 7]
-    weights = SimpleNamespace(rows=rows)
-    p = SimpleNamespace(header=header, weights=weights, max_tiles=8, tiles=some_tiles(header, 8))
-    fixed = {"p": p, "kRowTiles": 2 * per_wg, "kMatrix": 1}
-    number, begin, items = 0, 0, []
-    for at_list in range(len(header)):
+def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:
+    """``Order`` of prefill_up.cu in the CTA ``block``: items by their numbers."""
+    fixed = {"p": p, "kRowTiles": row_tiles, "kMatrix": 1, "kCluster": cluster}
+    fixed["blockIdx"] = SimpleNamespace(x=block)
+    begin, items = 0, list[Item]()
+    for at_list in range(len(p.header)):
         while True:
-            scope = fixed | {"list": at_list, "begin": begin, "number": number}
+            scope = fixed | {"list": at_list, "begin": begin, "number": len(items)}
             s = c_locals(UP, "struct Order", "blocks items at", scope)
             if s["at"] >= s["items"]:
                 begin += s["items"]
                 break
             s = c_locals(UP, "if (at < items)", "i tile", s)
             items.append(fields(UP, "if (at < items)", "expert first count tile block list", s))
-            number += 1
+    return items
+
+
+@pytest.mark.parametrize(("rows", "per_wg"), [(512, 2), (64, 1), (384, 1), (1408, 2)])
+def test_up_claims_every_block_of_every_tile_once(rows: int, per_wg: int) -> None:
+    header = [4, 0, 7]
+    weights = SimpleNamespace(rows=rows)
+    p = SimpleNamespace(header=header, weights=weights, max_tiles=8, tiles=some_tiles(header, 8))
+    items = up_items(p, 2 * per_wg, 1, 5)
     found = [(i["tile"], i["block"]) for i in items]
     blocks = -(-rows // (128 * per_wg))
     wanted = [(n * 8 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(blocks)]
     assert found == wanted
     assert all(i["first"] == i["tile"] % 8 * 100 and i["tile"] // 8 == i["list"] for i in items)
+
+
+def dealt(items: int, grid: int, block: int) -> list[int]:
+    """``claim`` of a CTA of a cluster of two: the numbers of its items."""
+    scope = {"kCluster": 2, "blockIdx": SimpleNamespace(x=block)}
+    scope["gridDim"] = SimpleNamespace(x=grid)
+    after = c_find(RING, ("void claim",), "return")
+    number = c_value(c_find(RING, ("void claim",), "u32 next"), scope)
+    found = []
+    while number < items:
+        found.append(number)
+        number = c_value(after, scope | {"before": number})
+    return found
+
+
+@pytest.mark.parametrize(("rows", "grid"), [(512, 4), (256, 132), (1024, 6)])
+def test_ctas_of_a_cluster_have_items_of_the_same_weights(rows: int, grid: int) -> None:
+    header = [4, 0, 6, 2]
+    weights = SimpleNamespace(rows=rows)
+    p = SimpleNamespace(header=header, weights=weights, max_tiles=6, tiles=some_tiles(header, 6))
+    found = []
+    for first in range(0, grid, 2):
+        beside = []
+        for block in (first, first + 1):
+            items = up_items(p, 4, 2, block)
+            beside.append([items[number] for number in dealt(len(items), grid, block)])
+        assert len(beside[0]) == len(beside[1]), "they end together"
+        for one, other in zip(*beside, strict=True):
+            same = ("expert", "block", "list")
+            assert [one[name] for name in same] == [other[name] for name in same]
+            assert (one["tile"] % 2, other["tile"]) == (0, one["tile"] + 1)
+        found += [(item["tile"], item["block"]) for item in beside[0] + beside[1]]
+    wanted = [
+        (n * 6 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(rows // 256)
+    ]
+    assert sorted(found) == wanted

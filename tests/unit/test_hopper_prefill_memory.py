@@ -18,7 +18,8 @@ from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
 from sglang_w4afp8.packing import pack_int4
 
-COMMON, UP, DOWN = "prefill.cuh", "prefill_up.cu", "prefill_down.cu"
+COMMON, RING = "prefill.cuh", "prefill_ring.cuh"
+UP, DOWN = "prefill_up.cu", "prefill_down.cu"
 SHAPES = [
     # rows, K, group, gate and up, row tiles of a warpgroup in an item
     (512, 512, 128, True, 2),
@@ -48,15 +49,19 @@ SHAPES = [
 ]
 
 
-def constants(source: str, rows: int, k: int, group: int, per_wg: int = 2) -> dict[str, Any]:
+def constants(
+    source: str, rows: int, k: int, group: int, per_wg: int = 2, cluster: int = 1
+) -> dict[str, Any]:
     shape = StageShape.of(rows, k, group, source == UP)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
-    more = {"W4_MINUS_EIGHT": 1, "W4_PER_WG": per_wg, "W4_DYNAMIC": 0}
+    more = {"W4_MINUS_EIGHT": 1, "W4_PER_WG": per_wg, "W4_DYNAMIC": 0, "W4_CLUSTER": cluster}
     return c_constants(source, defines | more)
 
 
-def stages(c: dict[str, Any], w: torch.Tensor, s: torch.Tensor, block: int) -> list[torch.Tensor]:
-    """``produce_weights``: shared memory after each stage's copies; 0x77 where none came."""
+def stages(
+    c: dict[str, Any], w: torch.Tensor, s: torch.Tensor, block: int, cta: int = 0
+) -> list[torch.Tensor]:
+    """``produce_weights`` of a CTA: shared memory after a stage's copies; 0x77 where none came."""
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
     item = SimpleNamespace(block=block, expert=experts - 1)
@@ -64,7 +69,8 @@ def stages(c: dict[str, Any], w: torch.Tensor, s: torch.Tensor, block: int) -> l
     found = []
     for lane in range(32):
         scope: dict[str, Any] = {**c, "p": p, "item": item, "threadIdx": SimpleNamespace(x=lane)}
-        names = "lane tiles stages kBlockTiles kTogether kCopies is_scale first row_bytes"
+        scope["blockIdx"] = SimpleNamespace(x=cta)
+        names = "lane tiles stages kBlockTiles kTogether kCopies mine is_scale first row_bytes"
         names += " tile_bytes to row_tiles tile block beside count from"
         scope = c_locals(COMMON, "void produce_weights", names, scope)
         at, count = scope["from"], scope["count"]
@@ -130,6 +136,27 @@ def test_fragments_are_the_rows_of_the_item(
                         found.view(torch.bfloat16), wanted[2, rows_of, first // group]
                     )
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(("rows", "k", "group"), [(512, 512, 128), (768, 192, 32), (256, 64, 64)])
+def test_ctas_of_a_cluster_copy_half_of_a_stage_each(rows: int, k: int, group: int) -> None:
+    codes = torch.zeros(2, rows, k // 2, dtype=torch.uint8)
+    scales = torch.zeros(2, rows, k // group, dtype=torch.bfloat16)
+    alone = constants(UP, rows, k, group)
+    c = constants(UP, rows, k, group, cluster=2)
+    arrivals = c_find(RING, ("ring.tokens_full(i, h), 64",), "barrier_init(")
+    ring = SimpleNamespace(empty=lambda i: i)
+    # A lane of each consumer warp for each CTA
+    assert c_value(arrivals, c | {"i": 0, "ring": ring})[1] == 2 * 256 // 32
+    assert c_value(arrivals, alone | {"i": 0, "ring": ring})[1] == 256 // 32
+    expected = c["kRowTiles"] * (c["kTileBytes"] + c["kTileScaleBytes"])
+    for block in range(rows // 256):
+        wanted = stages(alone, codes, scales, block)
+        halves = [stages(c, codes, scales, block, 2 * 3 + rank) for rank in range(2)]
+        for whole, one, other in zip(wanted, *halves, strict=True):
+            written = [stage != 0x77 for stage in (whole, one, other)]
+            assert torch.equal(written[1] ^ written[2], written[0])
+            assert [int(mask.sum()) for mask in written] == [expected, *[expected // 2] * 2]
 
 
 def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tuple[int, int]]]:

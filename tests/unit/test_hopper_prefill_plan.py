@@ -11,6 +11,7 @@ import torch
 from kernel_source import c_constants, c_find, c_offsets, c_value
 
 from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
+from sglang_w4afp8.kernels.hopper import plan as all_paths
 from sglang_w4afp8.kernels.hopper.launch import Tensors
 from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, MAX_EXPERTS, Layer, most_tokens
 from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
@@ -52,8 +53,9 @@ MAKE_RING = {"shared": 0, "p": SimpleNamespace(ring=0)}
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_kernels_fit_the_hardware(layer: Layer) -> None:
-    _, *matrix = planned(layer, 4096, 132).launches
-    for up, launch in zip((True, False), matrix, strict=True):
+    _, *matrix = planned(layer, 1, 132).launches
+    matrix.insert(1, planned(layer, 40_000, 132).launches[1])  # with clusters, if it may have them
+    for up, launch in zip((True, True, False), matrix, strict=True):
         c = c_constants(launch.kernel.source, dict(launch.kernel.defines))
         dynamic, static = kernel_bytes(launch.kernel.source, c, launch.ring)
         # A consumer waits for the next stage before it gives the last one back.
@@ -79,10 +81,10 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
 def check_lists(lists: Lists, layer: Layer, tokens: int) -> None:
     assert (lists.count - 1) * lists.tokens < tokens <= lists.count * lists.tokens
     assert lists.count == 1 or lists.tokens * layer.top_k % plan_prefill.SORT_PAIRS == 0
-    # Most tiles: a pair for every expert, then 128 more for another tile each.
-    pairs = lists.tokens * layer.top_k
-    worst = pairs if pairs <= layer.experts else layer.experts + (pairs - layer.experts) // 128
-    assert worst <= lists.max_tiles
+    # Most tiles: a pair for every expert, then 128 more for another tile each; or two for two.
+    pairs, both = lists.tokens * layer.top_k, lists.together
+    more = max(0, pairs - layer.experts) // (128 * both)
+    assert (min(pairs, layer.experts) + more) * both <= lists.max_tiles
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -97,6 +99,30 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
         rows = c_constants("prefill_route.cu", {})["kRows"]
         assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
+
+
+@pytest.mark.parametrize("sms", [78, 113, 132])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_clusters_are_whole(layer: Layer, sms: int) -> None:
+    """Each CTA has one of a stage's two copies, no tile is without a partner, and both start."""
+    ahead = set(all_paths.kernels(layer, sms))
+    whole_blocks = 2 * layer.inner % 256 == 0
+    seen = set()
+    for tokens in TOKENS:
+        found = planned(layer, tokens, sms)
+        _, up, down = found.launches
+        defines = dict(up.kernel.defines)
+        cluster = defines.get("W4_CLUSTER", 1)
+        seen.add(cluster)
+        pairs = tokens * layer.top_k
+        many = pairs >= plan_prefill.CLUSTER_PAIRS * layer.experts
+        assert cluster == (2 if many and whole_blocks and sms % 2 == 0 else 1)
+        assert cluster == 1 or (defines["W4_PER_WG"], defines["W4_TILES"]) == (2, 1)
+        assert (found.up.together, found.down.together) == (cluster, 1)
+        assert up.grid[0] % cluster == 0 and "W4_CLUSTER" not in dict(down.kernel.defines)
+        # Kernels are built before a graph is captured.
+        assert {launch.kernel for launch in found.launches} <= ahead
+    assert seen == ({1, 2} if whole_blocks and sms % 2 == 0 else {1})
 
 
 @pytest.mark.parametrize("sms", [78, 114, 132])
@@ -139,6 +165,7 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
                 lists.tiles, lists.header, lists.columns,
             )  # fmt: skip
             assert (mine.count, mine.max_tiles) == (lists.lists, lists.max_tiles)
+            assert mine.together == (plan.up.together if lists is up else plan.down.together)
             assert (mine.count - 1) * mine.parts < route.sorters <= mine.count * mine.parts
             assert room(mine.tiles) >= 16 * mine.count * mine.max_tiles
             assert room(mine.header) >= 4 * mine.count and room(mine.columns) >= 4 * pairs

@@ -18,13 +18,18 @@ struct Weights {
 constexpr u32 kNoRow = 0xffffffffu;
 
 // ---- producers -----------------------------------------------------------------------------------
-// One warp: weights and scales, by one lane each for every block of the layout.
+// One warp: weights and scales, by one lane each for every block of the layout. Of the CTAs of a
+// cluster each waits for all bytes, and copies half of them. A copy may come before the other CTA
+// expects its bytes, but not a phase early: that CTA's consumers have released the stage, so they
+// had what was in it before.
 __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& queue,
                                                 const Ring& ring) {
   const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kSpan;
   constexpr int kBlockTiles = 2 * kLayoutTiles;  // of the layout
   constexpr int kTogether = kBlockTiles < kRowTiles ? kBlockTiles : kRowTiles;
   constexpr int kCopies = kRowTiles / kTogether;
+  const bool mine = kCluster == 1 || (lane & 1) == (blockIdx.x & 1);
+  static_assert(kCluster == 1 || kCopies == 2, "one copy of codes and one of scales for each CTA");
   const bool is_scale = lane >= kCopies;
   const int first = (is_scale ? lane - kCopies : lane) * kTogether;
   const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
@@ -39,7 +44,7 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
     const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
     const int tile = item.block * kRowTiles + first;
     const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
-    const int count = lane < 2 * kCopies ? min(kTogether, row_tiles - first) : 0;
+    const int count = lane < 2 * kCopies && mine ? min(kTogether, row_tiles - first) : 0;
     const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
                      static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
                      tile % kBlockTiles * tile_bytes;
@@ -49,7 +54,12 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
       if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
       __syncwarp();
       if (count > 0) {
-        bulk_copy(ring.stage(place.slot) + to, from, count * tile_bytes, full);
+        const u32 there = ring.stage(place.slot) + to;
+        if constexpr (kCluster == 2) {
+          bulk_copy_to_both(there, from, count * tile_bytes, full);
+        } else {
+          bulk_copy(there, from, count * tile_bytes, full);
+        }
       }
       from += beside * tile_bytes;
       place.advance(ring.size);
@@ -172,7 +182,6 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   for (int i = 0; i < halves; ++i) {
     const int half = i % kHalves;
     const bool last_half = half == kHalves - 1;
-    const u32 empty = ring.empty(place.slot);
     const u32 codes = stage + half * (kK * 32), scales = stage + half * (kGroups * 128);
     const u64 b = panel_descriptor(stage + half * kTokenBytes);
     barrier_wait(ring.tokens_full(place.slot, half), place.phase);
@@ -206,8 +215,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       mma_wait<0>();
       pin(part);
       if (at + 1 == kParts && last_half) {
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty);
+        release_stage(ring.empty(place.before(ring.size)));
       }
       const float s0 = bf16_low(now.scales), s1 = bf16_high(now.scales);
 #pragma unroll

@@ -1,12 +1,21 @@
 // The ring of stages that the matrix kernels of the prefill path share: its sizes and barriers, the
 // items that are worked on, and who claims them. What travels through it: prefill.cuh.
 //
+// With W4_CLUSTER=2 two CTAs work on two tiles of an expert at a time, with the same weights: each
+// copies half of a stage's weights to both. They go in step, as a stage is copied to again when
+// both are through with it. Their items are dealt out in turn, not claimed; none may wait for
+// another's.
+//
 // W4_K, W4_TILES: the cut of the weights (hopper/layout.py). W4_GROUP, W4_MINUS_EIGHT: as ever.
 #pragma once
 #include "primitives.cuh"
 
 constexpr int kSpan = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kPerWg = W4_PER_WG;
 constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
+#ifndef W4_CLUSTER
+#define W4_CLUSTER 1
+#endif
+constexpr int kCluster = W4_CLUSTER;
 constexpr int kTokens = 128;
 // A stage of the ring is a stage of the layout: its weights come in one or two large copies, as many
 // small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns.
@@ -74,18 +83,23 @@ struct Place {
   __device__ __forceinline__ void advance(int size) {
     if (++slot == size) slot = 0, phase ^= 1;
   }
+  // The slot before, so that a loop need not keep it.
+  __device__ __forceinline__ int before(int size) const { return (slot == 0 ? size : slot) - 1; }
 };
 
 // ---- claiming ------------------------------------------------------------------------------------
 // One lane. `describe(number)` gives item `number`, kEnd past the last one. The claim of the item
-// after next is on its way while an item is described.
+// after next is on its way while an item is described. The CTAs of a cluster get the same numbers.
 template <class Describe>
 __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* counter,
                                       Describe describe) {
-  u32 next = atomicAdd(counter, 1u);
+  auto claimed = [&](u32 before) {
+    return kCluster == 1 ? atomicAdd(counter, 1u) : before + gridDim.x / kCluster;
+  };
+  u32 next = kCluster == 1 ? claimed(0) : blockIdx.x / kCluster;
   for (int i = 0;; ++i) {
     const u32 number = next;
-    next = atomicAdd(counter, 1u);
+    next = claimed(next);
     const Item item = describe(number);
     const u32 bar = ring.queue_bars + i % kQueue * 16;
     barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
@@ -118,6 +132,31 @@ struct Reader {
   }
 };
 
+// ---- stages --------------------------------------------------------------------------------------
+// A consumer warp is through with a stage; with a cluster both CTAs' producers must know.
+__device__ __forceinline__ void release_stage(u32 empty) {
+  u32 lane;  // read here, as the loop over K has no register for it
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  __syncwarp();
+  if constexpr (kCluster == 1) {
+    if (lane == 0) barrier_arrive(empty);
+  } else {
+    if (lane < kCluster) barrier_arrive_at(empty, lane);
+  }
+}
+
+// Lets the stages of an item without tokens pass: the other CTA of the cluster has some. Waits for
+// this CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind
+// cannot tell the phases of its barriers apart any more.
+__device__ __forceinline__ void pass(int stages, const Ring& ring, Place& place) {
+  for (int i = 0; i < stages; ++i) {
+    barrier_wait(ring.weights_full(place.slot), place.phase);
+    for (int h = 0; h < kHalves; ++h) barrier_wait(ring.tokens_full(place.slot, h), place.phase);
+    release_stage(ring.empty(place.slot));
+    place.advance(ring.size);
+  }
+}
+
 // ---- set-up --------------------------------------------------------------------------------------
 // `extra`: bytes that the caller wants behind the stages.
 __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
@@ -131,7 +170,7 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
     for (int i = 0; i < size; ++i) {
       barrier_init(ring.weights_full(i), 1);
       for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 64);
-      barrier_init(ring.empty(i), kConsumers / 32);
+      barrier_init(ring.empty(i), kCluster * kConsumers / 32);
     }
     for (int i = 0; i < kQueue; ++i) {
       barrier_init(ring.queue_bars + i * 16, 1);
@@ -140,6 +179,7 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
     barrier_init_fence();
   }
   __syncthreads();
+  if constexpr (kCluster > 1) cluster_sync();  // nobody arrives at a barrier that is not there yet
   return ring;
 }
 

@@ -23,6 +23,7 @@ struct Lists {
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
   int count, parts, max_tiles;  // a list has `parts` parts of kPart pairs, the last may have fewer
+  int together;                 // an expert's tiles are a multiple of it; a power of two
 };
 
 struct PrefillRouteParams {
@@ -58,8 +59,9 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
     before += i < part ? n : 0;
     tokens += n;
   }
-  // Tiles of equal size, in steps of 16 columns.
-  const int tiles = (tokens + kTokens - 1) / kTokens;
+  // Tiles of equal size, in steps of 16 columns; the last may be left without tokens.
+  const int least = (tokens + kTokens - 1) / kTokens;
+  const int tiles = (least + lists.together - 1) & -lists.together;
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + 15) / 16 * 16 : 0;
   int pair_sum = tokens, tile_sum = tiles;
   for (int d = 1; d < 32; d <<= 1) {
@@ -76,7 +78,7 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
     if (tid == kThreads - 1) lists.header[list] = tile + tiles;
     Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
     for (int i = 0; i < tiles; ++i) {
-      out[i] = Tile{tid, first + i * size, min(size, tokens - i * size), 0};
+      out[i] = Tile{tid, first + i * size, max(0, min(size, tokens - i * size)), 0};
     }
   }
   return first + before;

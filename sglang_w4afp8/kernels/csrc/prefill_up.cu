@@ -28,7 +28,8 @@ struct PrefillUpParams {
 };
 
 // What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each other
-// read the same tokens, and the tiles of an expert, so that they read the same weights.
+// read the same tokens, and the tiles of an expert, so that they read the same weights. The CTAs of
+// a cluster have the same number: each takes the same block of another tile of the same expert.
 struct Order {
   const PrefillUpParams& p;
   int list = 0, begin = 0;
@@ -37,13 +38,13 @@ struct Order {
     const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
     Item item{};
     for (; list < p.lists; ++list) {
-      const int items = p.header[list] * blocks, at = number - begin;
+      const int items = p.header[list] / kCluster * blocks, at = number - begin;
       if (at < items) {
-        const int i = at / blocks;
+        const int i = at / blocks * kCluster + blockIdx.x % kCluster;
         const Tile tile = p.tiles[list * p.max_tiles + i];
         item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
         item.count = tile.count, item.tile = list * p.max_tiles + i;
-        item.block = at - i * blocks, item.list = list;
+        item.block = at % blocks, item.list = list;
         return item;
       }
       begin += items;
@@ -137,6 +138,9 @@ struct UpBody {
 };
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
+#if W4_CLUSTER > 1
+__cluster_dims__(W4_CLUSTER, 1, 1)
+#endif
     w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
   extern __shared__ __align__(128) u8 shared[];
   __shared__ u32 flags[2];
@@ -168,8 +172,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   for (;;) {
     const Item& item = body.reader.wait(queue, ring);
     const int kind = uniform(item.kind);
-    if (kind == kEnd) return;
-    with_columns(item.count, body);
+    if (kind == kEnd) break;
+    if (kCluster > 1 && uniform(item.count) == 0) {
+      pass(p.weights.k / kSpan, ring, body.place);
+    } else {
+      with_columns(item.count, body);
+    }
     body.reader.release(ring);
   }
+  if constexpr (kCluster > 1) cluster_sync();  // the other CTA may still arrive here
 }

@@ -37,6 +37,20 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
+// The same barrier of CTA `rank` of the cluster, after reads: they are done when their values are
+// there. To release writes to the cluster would be a fence of all memory for every arrival.
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
+// All threads of the cluster that have not exited; whole warps.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
 __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
   u32 done;
   asm volatile(
@@ -77,6 +91,14 @@ __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(dst),
       "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
+}
+// To the same place of both CTAs of a cluster, counted by the same barrier of each.
+__device__ __forceinline__ void bulk_copy_to_both(u32 dst, const void* src, u32 bytes, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar), "h"(static_cast<u16>(3))
       : "memory");
 }
 __device__ __forceinline__ void async_copy16(u32 dst, const void* src) {

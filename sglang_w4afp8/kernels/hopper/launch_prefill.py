@@ -24,7 +24,7 @@ class _Lists(ctypes.Structure):
 
     _fields_ = (
         ("tiles", _P), ("header", _P), ("columns", _P), ("count", _I), ("parts", _I),
-        ("max_tiles", _I),
+        ("max_tiles", _I), ("together", _I),
     )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def launches_prefill(
     def described(name: str) -> _Lists:
         part = lists[name]
         parts = -(-part.tokens * top_k // SORT_PAIRS)
-        return _Lists(*addresses(name), part.count, parts, part.max_tiles)
+        return _Lists(*addresses(name), part.count, parts, part.max_tiles, part.together)
 
     claimed, arrived = at["zeros"], t.counters.data_ptr()
     route_parameters = _RouteParams(

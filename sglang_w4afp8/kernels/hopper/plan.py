@@ -380,7 +380,8 @@ def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
     if takes_prefill(layer, UNLIMITED):
         from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
-        found |= {launch.kernel: None for launch in plan_prefill(layer, tokens, sms).launches}
+        for some in (1, tokens):  # gate and up without and with clusters
+            found |= {launch.kernel: None for launch in plan_prefill(layer, some, sms).launches}
     return tuple(found)
 
 

@@ -1,9 +1,11 @@
 """The launches of the ``prefill`` path: hundreds of tokens and more. Integers only, no GPU.
 
 ``route`` sorts the (token, k) pairs by expert and quantises x; ``up`` and ``down`` are persistent
-kernels, one CTA per SM, that claim tiles of at most 128 tokens by 256 weight rows. What the experts
-contribute to a token goes from ``down``'s tiles to its sums through a ring of three buffers: no
-tensor of ``M · top_k · hidden`` values is needed.
+kernels, one CTA per SM, that claim tiles of at most 128 tokens by 256 weight rows. Where experts
+have several tiles, the CTAs of ``up`` form pairs (clusters) that work on two tiles of an expert and
+share its weights: each reads half of them from L2 for both. What the experts contribute to a token
+goes from ``down``'s tiles to its sums through a ring of three buffers: no tensor of
+``M · top_k · hidden`` values is needed.
 """
 
 from __future__ import annotations
@@ -39,6 +41,11 @@ SLICE_PAIRS = 262_144
 do not stay in L2 either, and wait for each other more often."""
 UP_LIST_PAIRS = 131_072
 """Pairs of a list of gate and up: the longer, the fuller are its tiles."""
+CLUSTER = 2
+"""CTAs of gate and up that may share weights."""
+CLUSTER_PAIRS = 384
+"""Pairs of an expert, on average, from which they do: with two tiles or fewer an expert would often
+have one more, and one without tokens."""
 MAX_SLICE_BLOCKS = 8
 MAX_RING = 8
 
@@ -51,19 +58,22 @@ class Lists:
         count: how many.
         tokens: of a list; the last may have fewer.
         max_tiles: room for tiles in a list.
+        together: an expert has a multiple of so many tiles, the last perhaps without tokens.
     """
 
     count: int
     tokens: int
     max_tiles: int
+    together: int = 1
 
     @classmethod
-    def of(cls, layer: Layer, tokens: int, most_pairs: int) -> Lists:
+    def of(cls, layer: Layer, tokens: int, most_pairs: int, together: int = 1) -> Lists:
         """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
         step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
         size = min(tokens, max(step, most_pairs // layer.top_k // step * step))
         pairs = size * layer.top_k
-        return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
+        most_tiles = min(pairs * together, layer.experts * together + pairs // TILE_TOKENS)
+        return cls(-(-tokens // size), size, most_tiles, together)
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,18 @@ class PrefillPlan:
     slice_blocks: int
 
 
-def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
+def _cluster(layer: Layer, tokens: int, sms: int) -> int:
+    """CTAs of gate and up that share weights.
+
+    Two where experts have several tiles, if each CTA has one of the two copies of every stage: all
+    blocks of an expert's rows must have four row tiles.
+    """
+    whole_blocks = layer.up.rows // ROW_TILE % 4 == 0 and sms % CLUSTER == 0
+    many = tokens * layer.top_k >= CLUSTER_PAIRS * layer.experts
+    return CLUSTER if whole_blocks and many else 1
+
+
+def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1) -> Launch:
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
@@ -109,6 +130,7 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
             ("W4_MINUS_EIGHT", int(layer.minus_eight)),
             ("W4_PER_WG", per_wg),
             ("W4_DYNAMIC", int(layer.dynamic)),
+            *((("W4_CLUSTER", cluster),) if cluster > 1 else ()),
         ),
     )
     shared = fixed + ring * stage
@@ -123,7 +145,8 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         tokens: M, at least 1.
         sms: multiprocessors.
     """
-    up = Lists.of(layer, tokens, UP_LIST_PAIRS)
+    cluster = _cluster(layer, tokens, sms)
+    up = Lists.of(layer, tokens, UP_LIST_PAIRS, cluster)
     down = Lists.of(layer, tokens, SLICE_PAIRS)
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // (down.tokens * layer.top_k)))
@@ -134,7 +157,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         ROUTE_THREADS,
     )
     return PrefillPlan(
-        launches=(route, _matrix(layer, sms, True), _matrix(layer, sms, False)),
+        launches=(route, _matrix(layer, sms, True, cluster), _matrix(layer, sms, False)),
         sorters=sorters,
         up=up,
         down=down,
