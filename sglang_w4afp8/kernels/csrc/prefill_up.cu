@@ -91,13 +91,13 @@ struct UpBody {
           for (int t = 0; t < kPerWg; ++t) {
             if (t >= tiles) continue;
             p.inner[static_cast<u64>(pair) * width + (row_tile + t) * 32 + f] =
-                silu_mul(acc[t][i + e] * scale, acc[t][i + e + 2] * scale);
+                silu_mul_fast(acc[t][i + e] * scale, acc[t][i + e + 2] * scale);
           }
         } else {
 #pragma unroll
           for (int t = 0; t < kPerWg; ++t) {
             const float v =
-                silu_mul(acc[t][i + e] * b_scale, acc[t][i + e + 2] * b_scale);
+                silu_mul_fast(acc[t][i + e] * b_scale, acc[t][i + e + 2] * b_scale);
             gather[c * kPitch + t * 32 + f] =
                 static_cast<u8>(pack_e4m3(divide(v, q_scale, q_inverse), 0.0f));
           }
