@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from itertools import pairwise, product
+from math import gcd
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,9 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
 def check_lists(lists: Lists, layer: Layer, tokens: int) -> None:
     assert (lists.count - 1) * lists.tokens < tokens <= lists.count * lists.tokens
     assert lists.count == 1 or lists.tokens * layer.top_k % plan_prefill.SORT_PAIRS == 0
+    # Of about one size: no list has more than another and what a CTA sorts.
+    step = plan_prefill.SORT_PAIRS // gcd(plan_prefill.SORT_PAIRS, layer.top_k)
+    assert lists.tokens - tokens / lists.count < step
     # Most tiles: a pair for every expert, then 128 more for another tile each; or two for two.
     pairs, both = lists.tokens * layer.top_k, lists.together
     more = max(0, pairs - layer.experts) // (128 * both)

@@ -70,7 +70,10 @@ class Lists:
     def of(cls, layer: Layer, tokens: int, most_pairs: int, together: int = 1) -> Lists:
         """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
         step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
-        size = min(tokens, max(step, most_pairs // layer.top_k // step * step))
+        most = max(step, most_pairs // layer.top_k // step * step)
+        # Of about the same size: the tiles of a short last list would be the emptiest.
+        share = -(-tokens // -(-tokens // most))
+        size = min(tokens, -(-share // step) * step)
         pairs = size * layer.top_k
         most_tiles = min(pairs * together, layer.experts * together + pairs // TILE_TOKENS)
         return cls(-(-tokens // size), size, most_tiles, together)
