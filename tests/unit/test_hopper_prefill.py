@@ -1,13 +1,13 @@
-"""The prefill path without a GPU: the sort of its pairs and the order of its items.
+"""The prefill path without a GPU: the sort of its pairs.
 
 Constants and most index expressions are the kernels' own (``tests/helpers/kernel_source.py``); the
-statements around them follow ``prefill_route.cu``, ``prefill_up.cu`` and ``prefill_down.cu``.
+statements around them follow ``prefill_route.cu``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby, product
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,6 @@ from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
-# ---- route ---------------------------------------------------------------------------------------
 C = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
 
@@ -188,185 +187,3 @@ def test_every_pair_is_in_one_tile_of_its_expert(
             one[:: lists.together] == one[lists.together - 1 :: lists.together]
             for one in experts_of
         )
-
-
-# ---- order of items ------------------------------------------------------------------------------
-UP, DOWN, RING = "prefill_up.cu", "prefill_down.cu", "prefill_ring.cuh"
-Item = dict[str, int]
-
-
-class DownScope:
-    """The functions of prefill_down.cu that count items, from their source."""
-
-    def __init__(self, p: SimpleNamespace) -> None:
-        names = {"blocks_of": self.blocks_of, "list_tokens": self.list_tokens}
-        defines = {"W4_K": 256, "W4_TILES": 1, "W4_GROUP": 128, "W4_PER_WG": 2}
-        constants = c_constants(DOWN, defines | {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0})
-        self.scope = {**constants, **names, "sum_items": self.sum_items, "p": p}
-        self.scope |= {"kEnd": 0, "kMatrix": 1, "kCombine": 2}
-
-    def blocks_of(self, p: SimpleNamespace, slice: int) -> int:
-        scope = c_locals(DOWN, "int blocks_of", "blocks", self.scope | {"slice": slice})
-        return int(c_value(c_find(DOWN, ("int blocks_of",), "return"), scope))
-
-    def list_tokens(self, p: SimpleNamespace, list: int) -> int:
-        text = c_find(DOWN, ("int list_tokens",), "return")
-        return int(c_value(text, self.scope | {"list": list}))
-
-    def sum_items(self, p: SimpleNamespace, list: int, blocks: int) -> int:
-        text = c_find(DOWN, ("int sum_items",), "return")
-        return int(c_value(text, self.scope | {"list": list, "blocks": blocks}))
-
-
-def fields(source: str, within: str, names: str, scope: dict[str, object]) -> Item:
-    return {
-        name: c_value(c_find(source, tuple(within.split(" > ")), f"item.{name}"), scope)
-        for name in names.split()
-    }
-
-
-def down_items(p: SimpleNamespace) -> Iterator[Item]:
-    """``Order`` of prefill_down.cu."""
-    fixed, step, begin, number = DownScope(p).scope, 0, 0, 0
-    while True:
-        names = "slice list blocks matrix old_list old_slice old_blocks sums at"
-        scope = fixed | {"step": step, "begin": begin, "number": number}
-        s = c_locals(DOWN, "struct Order", names, scope)
-        if s["at"] < s["matrix"]:
-            s = c_locals(DOWN, "if (at < matrix)", "i tile", s)
-            names = "kind expert first count slice step list block"
-            yield fields(DOWN, "if (at < matrix)", names, s)
-        elif s["at"] < s["matrix"] + s["sums"]:
-            s = c_locals(DOWN, "if (at < matrix + sums)", "i", s)
-            yield fields(DOWN, "if (at < matrix + sums)", "kind first step list slice block", s)
-        elif step == p.slices * p.lists:
-            return
-        else:
-            begin, step = begin + s["matrix"] + s["sums"], step + 1
-            continue
-        number += 1
-
-
-def some_tiles(header: list[int], max_tiles: int) -> list[SimpleNamespace]:
-    tiles = [SimpleNamespace(expert=-1, first=-1, count=-1)] * (len(header) * max_tiles)
-    for number, count in enumerate(header):
-        for i in range(count):
-            tile = SimpleNamespace(expert=i // 2, first=i * 100, count=100)
-            tiles[number * max_tiles + i] = tile
-    return tiles
-
-
-@pytest.mark.parametrize(
-    ("header", "rows", "slice_blocks", "list_tokens", "tokens"),
-    [
-        ([5], 640, 1, 70, 70),
-        ([7], 7168, 8, 1, 1),
-        ([3, 0, 9], 704, 2, 64, 160),
-        ([0, 0], 64, 1, 512, 1000),
-        ([4, 2, 1, 6], 2048, 3, 96, 300),
-    ],
-)
-def test_down_waits_for_earlier_items_only(
-    header: list[int], rows: int, slice_blocks: int, list_tokens: int, tokens: int
-) -> None:
-    blocks = -(-rows // 256)
-    p = SimpleNamespace(
-        header=header, weights=SimpleNamespace(rows=rows), slice_blocks=slice_blocks,
-        lists=len(header), list_tokens=list_tokens, tokens=tokens, max_tiles=11,
-        slices=-(-blocks // slice_blocks), tiles=some_tiles(header, 11), done=0,
-    )  # fmt: skip
-    counts = DownScope(p).scope
-    items = list(down_items(p))
-    matrix = [item for item in items if item["kind"] == counts["kMatrix"]]
-    sums = [item for item in items if item["kind"] == counts["kCombine"]]
-    wanted = sorted((n, i * 100, b) for n, k in enumerate(header) for i, b in
-                    product(range(k), range(blocks)))  # fmt: skip
-    assert sorted((i["list"], i["first"], i["block"]) for i in matrix) == wanted
-    assert all(i["expert"] == i["first"] // 200 and i["count"] == 100 for i in matrix)
-    assert sorted((i["list"] * list_tokens + i["first"], i["block"]) for i in sums) == sorted(
-        (number * list_tokens + first, block)
-        for number in range(len(header))
-        for first in range(0, min(list_tokens, tokens - number * list_tokens), 32)
-        for block in range(blocks)
-    )
-    # What is counted when each item begins to wait: all before it. Both warpgroups count.
-    done: dict[int, int] = {}
-    for item in items:
-        step, slice = item["step"], item["slice"]
-        assert step == slice * p.lists + item["list"]
-        assert 0 <= item["block"] - slice * slice_blocks < counts["blocks_of"](p, slice)
-        is_sum = item["kind"] == counts["kCombine"]
-        old = step - counts["kBuffers"]
-        if is_sum or old >= 0:
-            text = c_find(DOWN, ("void sum()" if is_sum else "void run()",), "wait_count(")
-            scope = counts | {"step": step, "old": old, "slice": slice, "list": item["list"]}
-            count, target = c_value(text, scope)
-            assert done.get(count, 0) == target, "waits for an item that comes later"
-        done[step * 2 + is_sum] = done.get(step * 2 + is_sum, 0) + 2
-    assert len(done) <= 2 * p.slices * p.lists and max(done) < 2 * p.slices * p.lists
-
-
-def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:
-    """``Order`` of prefill_up.cu in the CTA ``block``: items by their numbers."""
-    fixed = {"p": p, "kRowTiles": row_tiles, "kMatrix": 1, "kCluster": cluster}
-    fixed["blockIdx"] = SimpleNamespace(x=block)
-    begin, items = 0, list[Item]()
-    for at_list in range(len(p.header)):
-        while True:
-            scope = fixed | {"list": at_list, "begin": begin, "number": len(items)}
-            s = c_locals(UP, "struct Order", "blocks items at", scope)
-            if s["at"] >= s["items"]:
-                begin += s["items"]
-                break
-            s = c_locals(UP, "if (at < items)", "i tile", s)
-            items.append(fields(UP, "if (at < items)", "expert first count tile block list", s))
-    return items
-
-
-@pytest.mark.parametrize(("rows", "per_wg"), [(512, 2), (64, 1), (384, 1), (1408, 2)])
-def test_up_claims_every_block_of_every_tile_once(rows: int, per_wg: int) -> None:
-    header = [4, 0, 7]
-    weights = SimpleNamespace(rows=rows)
-    p = SimpleNamespace(header=header, weights=weights, max_tiles=8, tiles=some_tiles(header, 8))
-    items = up_items(p, 2 * per_wg, 1, 5)
-    found = [(i["tile"], i["block"]) for i in items]
-    blocks = -(-rows // (128 * per_wg))
-    wanted = [(n * 8 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(blocks)]
-    assert found == wanted
-    assert all(i["first"] == i["tile"] % 8 * 100 and i["tile"] // 8 == i["list"] for i in items)
-
-
-def dealt(items: int, grid: int, block: int) -> list[int]:
-    """``claim`` of a CTA of a cluster of two: the numbers of its items."""
-    scope = {"kCluster": 2, "blockIdx": SimpleNamespace(x=block)}
-    scope["gridDim"] = SimpleNamespace(x=grid)
-    after = c_find(RING, ("void claim",), "return")
-    number = c_value(c_find(RING, ("void claim",), "u32 next"), scope)
-    found = []
-    while number < items:
-        found.append(number)
-        number = c_value(after, scope | {"before": number})
-    return found
-
-
-@pytest.mark.parametrize(("rows", "grid"), [(512, 4), (256, 132), (1024, 6)])
-def test_ctas_of_a_cluster_have_items_of_the_same_weights(rows: int, grid: int) -> None:
-    header = [4, 0, 6, 2]
-    weights = SimpleNamespace(rows=rows)
-    p = SimpleNamespace(header=header, weights=weights, max_tiles=6, tiles=some_tiles(header, 6))
-    found = []
-    for first in range(0, grid, 2):
-        beside = []
-        for block in (first, first + 1):
-            items = up_items(p, 4, 2, block)
-            beside.append([items[number] for number in dealt(len(items), grid, block)])
-        assert len(beside[0]) == len(beside[1]), "they end together"
-        for one, other in zip(*beside, strict=True):
-            same = ("expert", "block", "list")
-            assert [one[name] for name in same] == [other[name] for name in same]
-            assert (one["tile"] % 2, other["tile"]) == (0, one["tile"] + 1)
-        found += [(item["tile"], item["block"]) for item in beside[0] + beside[1]]
-    wanted = [
-        (n * 6 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(rows // 256)
-    ]
-    assert sorted(found) == wanted

@@ -324,7 +324,7 @@ def test_outputs_come_to_their_rows(k: int, rows: int, first: int, columns: int)
             out: dict[int, tuple[int, ...]] = {}
             for lane in range(32):
                 scope = {**c, "threadIdx": SimpleNamespace(x=lane), "lane": lane, "row": place}
-                piece = c_locals(DOWN, "void sum()", "piece", scope)["piece"]
+                piece = c_locals(DOWN, "void add_up", "piece", scope | {"at": place})["piece"]
                 scope = c_locals(DOWN, "void store(", "lane wg warp g", scope)
                 p, blocks = SimpleNamespace(slice_blocks=8), {"step": 0, "block": block, "slice": 0}
                 text = c_find(DOWN, ("void sum()",), "buffer(")

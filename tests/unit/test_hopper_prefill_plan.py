@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from itertools import pairwise, product
 from math import gcd
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from kernel_source import c_constants, c_find, c_offsets, c_value
 
+from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
 from sglang_w4afp8.kernels.hopper import plan as all_paths
 from sglang_w4afp8.kernels.hopper.launch import Tensors
@@ -41,7 +43,8 @@ def kernel_bytes(source: str, c: dict[str, int], ring: int) -> tuple[int, int]:
     """Dynamic shared memory that ``make_ring`` lays out at the worst address, and static."""
     static = 32 * c["kQueue"]  # struct Item
     if source == "prefill_down.cu":
-        static += c_offsets(source, "Memory")[1] * c["kConsumers"] // 32
+        summed = c_offsets(source, "Summed")[1] * c["kWarpPairs"]
+        static += (c_offsets(source, "Memory")[1] + summed) * c["kConsumers"] // 32
     else:
         static += 2 * c["kGatherBytes"] + 2 * 4
     extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING)[2]
@@ -100,9 +103,22 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         blocks = -(-layer.hidden // 256)
         assert (plan.slices - 1) * plan.slice_blocks < blocks
         assert blocks <= plan.slices * plan.slice_blocks
+        # A warp's tokens and the rows of a list share a word.
+        assert plan.warp_tokens in plan_prefill.WARP_TOKENS
+        assert plan.down.tokens * layer.top_k < 1 << 24
         assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
         rows = c_constants("prefill_route.cu", {})["kRows"]
         assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
+
+
+def test_more_experts_per_token_than_a_warp_can_list() -> None:
+    most = plan_prefill.MAX_TOP_K
+    layer = Layer(256, 7168, 256, 128, 128, most, False, False)
+    assert planned(layer, 500, 132).down.tokens == 500
+    with pytest.raises(BackendError) as caught:
+        planned(replace(layer, top_k=most + 1), 500, 132)
+    assert caught.value.found == "500 tokens with 129 experts each"
+    assert "128" in caught.value.why and "(2) route every token" in str(caught.value)
 
 
 @pytest.mark.parametrize("sms", [78, 113, 132])
@@ -190,6 +206,7 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         assert down.claimed == (up.claimed or 0) + 4 and down.done == down.claimed + 4
         assert up.tile_count == down.done + 8 * plan.slices * plan.down.count
         assert zeroed == up.tile_count + 4 * up.lists * up.max_tiles * layer.dynamic
+        assert down.warp_tokens == plan.warp_tokens
         # The ring of contributions
         scope = c_constants("prefill_down.cu", dict(plan.launches[2].kernel.defines)) | {"p": down}
         text = c_find("prefill_down.cu", ("u8* buffer",), "return")

@@ -11,9 +11,9 @@
 // bulk copy per item takes them away while the warpgroup goes on.
 #include "prefill.cuh"
 
-constexpr int kBuffers = 3;     // slices in y
-constexpr int kSumTokens = 32;  // of an item, four to a warp
-constexpr int kAtOnce = 8;
+constexpr int kBuffers = 3;      // slices in y
+constexpr int kWarpTokens = 16;  // of an item of sums and a warp, at most
+constexpr int kAtOnce = 32;      // contributions that travel together
 constexpr int kOutBytes = kTokens * 256;
 static_assert(kPerWg == 2, "");
 
@@ -31,8 +31,21 @@ struct PrefillDownParams {
   u32* claimed;            // zero before
   u32* done;               // (slices * lists, 2): matrix items, sums; zero before
   float factor;
-  int tokens, top_k, lists, list_tokens, max_tiles, slices, slice_blocks, ring;
+  int tokens, top_k, lists, list_tokens, max_tiles, slices, slice_blocks, warp_tokens, ring;
 };
+
+// 16 bytes from L2, or zeros. Volatile, so that the loads of a batch leave before any is used.
+__device__ __forceinline__ uint4 load_if(bool wanted, const u8* from) {
+  uint4 v;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+      "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+      "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(from), "r"(static_cast<u32>(wanted))
+      : "memory");
+  return v;
+}
 
 // Spins until `count` has reached `target`. A whole warp.
 __device__ __forceinline__ void wait_count(const u32* count, u32 target) {
@@ -49,9 +62,13 @@ __device__ __forceinline__ int blocks_of(const PrefillDownParams& p, int slice) 
 __device__ __forceinline__ int list_tokens(const PrefillDownParams& p, int list) {
   return min(p.list_tokens, p.tokens - list * p.list_tokens);
 }
-// Sums of a slice of `blocks` blocks: 32 tokens by 256 outputs each.
+__device__ __forceinline__ int sum_tokens(const PrefillDownParams& p) {
+  return p.warp_tokens * (kConsumers / 32);
+}
+// Sums of a slice of `blocks` blocks: some tokens by 256 outputs each.
 __device__ __forceinline__ int sum_items(const PrefillDownParams& p, int list, int blocks) {
-  return (list_tokens(p, list) + kSumTokens - 1) / kSumTokens * blocks;
+  const int tokens = sum_tokens(p);
+  return (list_tokens(p, list) + tokens - 1) / tokens * blocks;
 }
 
 // What is claimed, in order. A step is a slice of one list: its matrix items, then the sums of the
@@ -82,7 +99,7 @@ struct Order {
       }
       if (at < matrix + sums) {
         const int i = (at - matrix) / old_blocks;
-        item.kind = kCombine, item.first = i * kSumTokens, item.step = step - 1;
+        item.kind = kCombine, item.first = i * sum_tokens(p), item.step = step - 1;
         item.list = old_list, item.slice = old_slice;
         item.block = old_slice * p.slice_blocks + (at - matrix - i * old_blocks);
         return item;
@@ -100,7 +117,15 @@ struct Memory {
   int kind, step, items;  // done by this warpgroup and not counted in yet
 };
 
+// A contribution that a warp adds up: its row in y with the token in the high byte, and its weight.
+struct Summed {
+  u32 row;
+  float weight;
+};
+
 __shared__ Memory memories[kConsumers / 32];
+constexpr int kWarpPairs = kWarpTokens * 8;  // top_k at most (hopper/plan_prefill.py)
+__shared__ Summed summed[kConsumers / 32][kWarpPairs];
 __shared__ Queue queue;
 
 struct DownBody {
@@ -202,10 +227,10 @@ struct DownBody {
     remember(kMatrix, step);
   }
 
-  // Adds up the experts of kSumTokens tokens for 256 outputs, four tokens to a warp: lane 8 i + k
-  // knows where token i's k-th expert put its part. All parts travel together.
+  // Adds up the experts of an item's tokens for 256 outputs. A warp first lists the contributions
+  // of its tokens, in the order of token and top_k, as with expert parallelism most pairs are other
+  // ranks'. Then many travel together, whichever token they are for.
   __device__ __forceinline__ void sum() {
-    constexpr int kTokensOfWarp = kSumTokens / (kConsumers / 32);
     const int lane = threadIdx.x & 31, step = uniform(item().step);
     count_in(kCombine, step);
     const int list = item().list, slice = item().slice, block = item().block;
@@ -213,49 +238,77 @@ struct DownBody {
       wait_count(p.done + step * 2, 2 * p.header[list] * blocks_of(p, slice));
       set(memory().whole_before, step + 1);
     }
-    const int local = item().first + (threadIdx.x >> 5) * kTokensOfWarp;
-    const int here = min(kTokensOfWarp, list_tokens(p, list) - local);
-    const int token = list * p.list_tokens + local;
+    // Eight pairs a token at a time; more experts need several rounds for fewer tokens.
+    const int at_once = max(1, p.warp_tokens / ((p.top_k + 7) / 8));
+    // Uniform, as a loop that lanes might leave one by one costs the loop over K registers.
+    const int begin = uniform(item().first + (threadIdx.x >> 5) * p.warp_tokens);
+    const int end = uniform(min(begin + p.warp_tokens, list_tokens(p, list)));
     const u8* from = buffer(step, block - slice * p.slice_blocks, lane >> 4);
-    float total[kTokensOfWarp][8] = {};
-    for (int first = 0; first < p.top_k; first += kAtOnce) {
-      const int k = first + (lane & 7), i = lane >> 3;
-      const int pair = (token + i) * p.top_k + k;
-      const int at = k < p.top_k && i < here ? p.place[pair] : -1;
-      const float weight = at >= 0 ? p.topk_weights[pair] : 0.0f;
-      uint4 v[kTokensOfWarp][kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kTokensOfWarp; ++i) {
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const int row = __shfl_sync(0xffffffffu, at, i * kAtOnce + j);
-          v[i][j] = make_uint4(0, 0, 0, 0);
-          if (row >= 0) {
-            const u32 piece = ((lane & 15) ^ (row & 7)) * 16;
-            v[i][j] = __ldcg(
-                reinterpret_cast<const uint4*>(from + static_cast<u64>(row) * 256 + piece));
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kTokensOfWarp; ++i) {
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const float by = __shfl_sync(0xffffffffu, weight, i * kAtOnce + j);
-          const u32 w[4] = {v[i][j].x, v[i][j].y, v[i][j].z, v[i][j].w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            total[i][2 * e] += by * bf16_low(w[e]);
-            total[i][2 * e + 1] += by * bf16_high(w[e]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kTokensOfWarp; ++i) {
-      if (i < here) store(token + i, block * 256, total[i]);
+    for (int first = begin; first < end; first += at_once) {
+      const int tokens = min(at_once, end - first);
+      const int pairs = find_pairs(list, first, tokens);
+      add_up(list * p.list_tokens + first, tokens, pairs, from, block * 256);
     }
     remember(kCombine, step);
+  }
+
+  // Lists the contributions of `tokens` tokens of a list; how many they are.
+  __device__ __forceinline__ int find_pairs(int list, int first, int tokens) {
+    const int lane = threadIdx.x & 31, all = tokens * p.top_k;
+    const int pair = (list * p.list_tokens + first) * p.top_k;
+    Summed* found = summed[threadIdx.x >> 5];
+    int count = 0;
+    __syncwarp();  // the ones before have been read
+    for (int before = 0; before < all; before += 32) {
+      const int i = before + lane;
+      const int row = i < all ? p.place[pair + i] : -1;
+      const u32 valid = __ballot_sync(0xffffffffu, row >= 0);
+      if (row >= 0) {
+        const int at = count + __popc(valid & ((1u << lane) - 1));
+        found[at] = Summed{static_cast<u32>(row) | static_cast<u32>(i / p.top_k) << 24,
+                           p.topk_weights[pair + i]};
+      }
+      count += __popc(valid);
+    }
+    __syncwarp();
+    return count;
+  }
+
+  __device__ __forceinline__ void add_up(int token, int tokens, int pairs, const u8* from,
+                                         int row) {
+    const int lane = threadIdx.x & 31;
+    const Summed* found = summed[threadIdx.x >> 5];
+    float total[8] = {};
+    int current = 0;  // token of the running sums
+    auto finish = [&](int before) {
+      for (; current < before; ++current) {
+        store(token + current, row, total);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) total[e] = 0.0f;
+      }
+    };
+    for (int begin = 0; begin < pairs; begin += kAtOnce) {
+      uint4 v[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = uniform(static_cast<int>(found[min(begin + i, pairs - 1)].row)) & 0xffffff;
+        const u32 piece = ((lane & 15) ^ (at & 7)) * 16;
+        v[i] = load_if(begin + i < pairs, from + static_cast<u64>(at) * 256 + piece);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i >= pairs) break;
+        const Summed one = found[begin + i];
+        finish(uniform(static_cast<int>(one.row >> 24)));
+        const u32 w[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          total[2 * e] += one.weight * bf16_low(w[e]);
+          total[2 * e + 1] += one.weight * bf16_high(w[e]);
+        }
+      }
+    }
+    finish(tokens);
   }
 
   // The four pairs of outputs of a lane, at their rows (hopper/layout.py, _row_order).

@@ -58,7 +58,7 @@ class _DownParams(ctypes.Structure):
         ("place", _P), ("b_scale", _P), ("topk_weights", _P), ("y", _P), ("out", _P),
         ("claimed", _P), ("done", _P), ("factor", _F), ("tokens", _I), ("top_k", _I),
         ("lists", _I), ("list_tokens", _I), ("max_tiles", _I), ("slices", _I),
-        ("slice_blocks", _I), ("ring", _I),
+        ("slice_blocks", _I), ("warp_tokens", _I), ("ring", _I),
     )  # fmt: skip
 
 
@@ -122,6 +122,6 @@ def launches_prefill(
         at["row_scale"] if dynamic else pointer(t.w2_input_scale), t.topk_weights.data_ptr(),
         at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, top_k,
         plan.down.count, plan.down.tokens, plan.down.max_tiles, plan.slices, plan.slice_blocks,
-        down.ring,
+        plan.warp_tokens, down.ring,
     )  # fmt: skip
     return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
     BARRIER_BYTES,
@@ -24,6 +25,7 @@ from sglang_w4afp8.kernels.hopper.plan import (
 
 TILE_TOKENS = 128
 THREADS = 384
+CONSUMER_WARPS = 8
 ROUTE_THREADS = 512
 SORT_PAIRS = 4_096
 """Pairs that a CTA of route sorts."""
@@ -46,6 +48,11 @@ CLUSTER = 2
 CLUSTER_PAIRS = 384
 """Pairs of an expert, on average, from which they do: with two tiles or fewer an expert would often
 have one more, and one without tokens."""
+WARP_TOKENS = (16, 8, 4)
+"""Tokens that a warp of ``down`` adds up at a time: the most first."""
+MAX_TOP_K = 8 * WARP_TOKENS[0]
+"""A warp lists the contributions of its tokens, of at least one, before it adds them up."""
+SUMMED_BYTES = 8
 MAX_SLICE_BLOCKS = 8
 MAX_RING = 8
 
@@ -90,6 +97,7 @@ class PrefillPlan:
         down: lists of down, and of the sums.
         slices: parts of the outputs.
         slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
+        warp_tokens: tokens that a warp of ``down`` adds up at a time.
     """
 
     launches: tuple[Launch, Launch, Launch]
@@ -98,6 +106,7 @@ class PrefillPlan:
     down: Lists
     slices: int
     slice_blocks: int
+    warp_tokens: int
 
 
 def _cluster(layer: Layer, tokens: int, sms: int) -> int:
@@ -119,7 +128,12 @@ def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1) -> Launch:
     k = shape.stage_k
     weights = 2 * per_wg * (k * 32 + k // group * 128)
     stage = -(-(weights + TILE_TOKENS * k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
-    static = (2 * TILE_TOKENS * (per_wg * 32 + 16) if up else 0) + 1024
+    # Rows of features; lists of contributions.
+    gathered, summed = (
+        2 * TILE_TOKENS * (per_wg * 32 + 16),
+        CONSUMER_WARPS * MAX_TOP_K * SUMMED_BYTES,
+    )
+    static = (gathered if up else summed) + 1024
     # Besides stages: where down gathers an item's results, and what alignment may cost.
     fixed = (0 if up else 2 * TILE_TOKENS * 256) + ALIGNMENT + QUEUE * BARRIER_BYTES
     ring = min(MAX_RING, (CTA_SHARED_BYTES - static - fixed) // stage)
@@ -147,12 +161,27 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
+
+    Raises:
+        BackendError: more experts per token than a warp can list.
     """
+    if layer.top_k > MAX_TOP_K:
+        raise BackendError(
+            f"{tokens} tokens with {layer.top_k} experts each",
+            f"a warp of the prefill path adds up the experts of a token from a list of {MAX_TOP_K}",
+            [
+                "export SGLANG_W4AFP8_MOE_BACKEND=torch",
+                f"route every token to at most {MAX_TOP_K} experts",
+            ],
+        )
     cluster = _cluster(layer, tokens, sms)
     up = Lists.of(layer, tokens, UP_LIST_PAIRS, cluster)
     down = Lists.of(layer, tokens, SLICE_PAIRS)
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // (down.tokens * layer.top_k)))
+    # More tokens of a warp keep more copies under way, but every CTA should get some.
+    all_tokens = min(blocks, slice_blocks) * down.tokens // CONSUMER_WARPS
+    warp_tokens = next((n for n in WARP_TOKENS if all_tokens // n >= sms), WARP_TOKENS[-1])
     sorters = -(-tokens * layer.top_k // SORT_PAIRS)
     route = Launch(
         Kernel("prefill_route.cu", "w4a8_prefill_route"),
@@ -166,4 +195,5 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         down=down,
         slices=-(-blocks // slice_blocks),
         slice_blocks=slice_blocks,
+        warp_tokens=warp_tokens,
     )
