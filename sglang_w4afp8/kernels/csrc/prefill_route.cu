@@ -5,6 +5,9 @@
 // counts, waits for the others' and then knows where its pairs go in both kinds of list. The other
 // blocks quantise four rows of x each. Pairs of an expert are in no particular order: a pair's result
 // does not depend on its neighbours, and sums are taken in the order of k.
+//
+// For prefill_own_down.cu every part is a list of its own. Its sums are taken in the order of experts, so
+// pairs keep their order where a token names an expert twice.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
@@ -12,7 +15,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
 constexpr int kTokens = 128;  // most of a tile
 constexpr int kMine = 8;      // pairs of a sorting thread
-constexpr int kPart = kThreads * kMine;
+constexpr int kPart = kThreads * kMine;  // most pairs of a part
+static_assert(kPart == 4096, "");
 
 struct Tile {
   int expert, first, count, unused;
@@ -22,7 +26,21 @@ struct Lists {
   Tile* tiles;   // (count, max_tiles)
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
-  int count, parts, max_tiles;  // a list has `parts` parts of kPart pairs, the last may have fewer
+  int count, parts, max_tiles;  // a list has `parts` parts of part_pairs pairs, the last may have fewer
+};
+
+// A pair in its list of prefill_own_down.cu.
+struct Column {
+  int pair;
+  float weight;
+};
+
+struct OwnLists {
+  Column* columns;       // (parts, part_pairs), or null: no such lists
+  int* first;            // (parts, kMaxExperts + 1) where an expert's columns begin
+  int* twice;            // (parts) whether a token may name an expert twice
+  const float* weights;  // (M, top_k)
+  int top_k;
 };
 
 struct PrefillRouteParams {
@@ -31,12 +49,13 @@ struct PrefillRouteParams {
   u8* xq;                // (M, hidden) E4M3
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  Lists up, down;        // down.count is 0 where both kernels use the same lists
+  Lists up, down;        // down.count is 0 where both kernels use the same lists, or own is used
+  OwnLists own;
   u32* counts;           // (sorters, kMaxExperts)
   u32* arrived;          // sorters that have published, zero before; the next kernel makes it zero again
   int* place;            // (pairs) a pair's place in its list of down, or -1
   u32* zeros;            // counters of the kernels that follow
-  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters;
+  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
 };
 
 __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
@@ -82,19 +101,87 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   return first + before;
 }
 
+// The sum over the threads before this one, of kThreads values.
+__device__ int sum_before(int value, int* sums) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  int sum = value;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  int before = sum - value;
+  for (int w = 0; w < warp; ++w) before += sums[w];
+  return before;
+}
+
+// Thread e of a part's block: where expert e's columns begin.
+__device__ int place_own(const PrefillRouteParams& p, int part, int tokens, bool twice, int* sums) {
+  const int first = sum_before(tokens, sums);
+  int* out = p.own.first + static_cast<u64>(part) * (kMaxExperts + 1);
+  out[threadIdx.x] = first;
+  if (threadIdx.x == kThreads - 1) {
+    out[kMaxExperts] = first + tokens;
+    p.own.twice[part] = twice;
+  }
+  return first;
+}
+
+// Whether a token of the block's part names an expert twice; the same for all threads.
+__device__ bool names_twice(const PrefillRouteParams& p, int begin, int end,
+                            const int (&expert)[kMine]) {
+  bool twice = false;
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
+    if (pair >= end || expert[i] < 0) continue;
+    for (int other = pair / p.own.top_k * p.own.top_k; other < pair; ++other) {
+      twice |= expert_of(p, other) == expert[i];
+    }
+  }
+  return __syncthreads_or(twice) != 0;
+}
+
+// Ranks in the order of pairs: a warp after the other, as this is rare.
+__device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], int* counts) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) {
+        const u32 same = __match_any_sync(0xffffffffu, expert[i]);
+        const int e = max(expert[i], 0), before = counts[e];
+        rank[i] = before + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        if (expert[i] >= 0 && (same >> lane) == 1) counts[e] = rank[i] + 1;
+      }
+      __syncthreads();
+    }
+  }
+}
+
 __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
                           int* up_first, int* down_first) {
-  const int tid = threadIdx.x, begin = part * kPart;
+  const int tid = threadIdx.x, begin = part * p.part_pairs;
+  const int end = min(begin + p.part_pairs, p.pairs);
   int expert[kMine], rank[kMine];
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + tid;
-    expert[i] = pair < p.pairs ? expert_of(p, pair) : -1;
+    expert[i] = pair < end ? expert_of(p, pair) : -1;
   }
   counts[tid] = 0;
   __syncthreads();
+  const bool own = p.own.columns != nullptr;
+  bool twice = false;
+  if (own) twice = names_twice(p, begin, end, expert);
+  if (!twice) {
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+    for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+  } else {
+    rank_in_order(expert, rank, counts);
+  }
   __syncthreads();
   __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
   __syncthreads();
@@ -112,20 +199,24 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   const bool several = p.down.count > 0;
   up_first[tid] = place_part(p, p.up, part, sums);
   if (several) down_first[tid] = place_part(p, p.down, part, sums);
+  if (own) down_first[tid] = place_own(p, part, counts[tid], twice, sums);
   __syncthreads();
-  int* up = p.up.columns + part / p.up.parts * p.up.parts * kPart;
-  int* down = several ? p.down.columns + part / p.down.parts * p.down.parts * kPart : nullptr;
+  int* up = p.up.columns + part / p.up.parts * p.up.parts * p.part_pairs;
+  int* down = several ? p.down.columns + part / p.down.parts * p.down.parts * p.part_pairs : nullptr;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + tid, e = expert[i];
-    if (pair >= p.pairs) continue;
+    if (pair >= end) continue;
     int at = -1;
     if (e >= 0) {
       at = up_first[e] + rank[i];
       up[at] = pair;
       if (several) at = down_first[e] + rank[i], down[at] = pair;
+      if (own) {
+        p.own.columns[begin + down_first[e] + rank[i]] = Column{pair, p.own.weights[pair]};
+      }
     }
-    p.place[pair] = at;
+    if (!own) p.place[pair] = at;
   }
 }
 

@@ -37,6 +37,26 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
+// The same barrier of CTA `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
+// The same word of shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ void store_at(u32 address, u32 value, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+      "st.shared::cluster.u32 [there], %1;\n}\n" ::"r"(address),
+      "r"(value), "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
 __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
   u32 done;
   asm volatile(
@@ -51,6 +71,19 @@ __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   while (!barrier_try(bar, parity)) {
   }
+}
+// Where other CTAs of the cluster arrive.
+__device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+  } while (done == 0);
 }
 // Named barrier of one group of `threads` threads; 0 is __syncthreads'.
 __device__ __forceinline__ void named_sync(int id, int threads) {
@@ -77,6 +110,15 @@ __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(dst),
       "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
+}
+// To the same place of all CTAs of a cluster, counted by the same barrier of each.
+__device__ __forceinline__ void bulk_copy_to_all(u32 dst, const void* src, u32 bytes, u32 bar,
+                                                 u32 ctas) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(bar), "h"(static_cast<u16>((1u << ctas) - 1))
       : "memory");
 }
 __device__ __forceinline__ void async_copy16(u32 dst, const void* src) {

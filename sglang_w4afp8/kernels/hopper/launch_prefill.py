@@ -8,7 +8,7 @@ import torch
 
 from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, SORT_PAIRS, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -28,14 +28,20 @@ class _Lists(ctypes.Structure):
     )  # fmt: skip
 
 
+class _OwnLists(ctypes.Structure):
+    """``OwnLists`` in prefill_route.cu."""
+
+    _fields_ = (("columns", _P), ("first", _P), ("twice", _P), ("weights", _P), ("top_k", _I))
+
+
 class _RouteParams(ctypes.Structure):
     """``PrefillRouteParams`` in prefill_route.cu."""
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("up", _Lists),
-        ("down", _Lists), ("counts", _P), ("arrived", _P), ("place", _P), ("zeros", _P),
+        ("down", _Lists), ("own", _OwnLists), ("counts", _P), ("arrived", _P), ("place", _P), ("zeros", _P),
         ("tokens", _I), ("pairs", _I), ("hidden", _I), ("experts", _I), ("zero_count", _I),
-        ("ids_are_64", _I), ("sorters", _I),
+        ("ids_are_64", _I), ("sorters", _I), ("part_pairs", _I),
     )  # fmt: skip
 
 
@@ -62,6 +68,16 @@ class _DownParams(ctypes.Structure):
     )  # fmt: skip
 
 
+class _OwnDownParams(ctypes.Structure):
+    """``PrefillOwnParams`` in prefill_own.cuh."""
+
+    _fields_ = (
+        ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),
+        ("b_scale", _P), ("out", _P), ("claimed", _P), ("factor", _F), ("tokens", _I),
+        ("top_k", _I), ("lists", _I), ("list_tokens", _I), ("experts", _I),
+    )  # fmt: skip
+
+
 def launches_prefill(
     layer: Layer, plan: PrefillPlan, t: Tensors, out: torch.Tensor, factor: float
 ) -> list[tuple[Launch, ctypes.Structure]]:
@@ -69,7 +85,8 @@ def launches_prefill(
     route, up, down = plan.launches
     tokens = t.x.shape[0]
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
-    top_k, shared = layer.top_k, plan.up == plan.down
+    own = plan.slices == 0
+    top_k, shared = layer.top_k, own or plan.up == plan.down
     steps = plan.slices * plan.down.count
     tiles = plan.up.count * plan.up.max_tiles
     zeros = 2 + 2 * steps + (tiles if dynamic else 0)
@@ -82,7 +99,10 @@ def launches_prefill(
             **{f"{name} tiles": part.count * part.max_tiles * 16 for name, part in lists.items()},
             **{f"{name} columns": pairs * 4 for name in lists},
             "counts": plan.sorters * MAX_EXPERTS * 4,
-            "place": pairs * 4,
+            "place": 0 if own else pairs * 4,
+            "own columns": pairs * 8 if own else 0,
+            "own first": plan.sorters * (MAX_EXPERTS + 1) * 4 if own else 0,
+            "own twice": plan.sorters * 4 if own else 0,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
             "q": pairs * layer.inner,
@@ -98,15 +118,19 @@ def launches_prefill(
 
     def described(name: str) -> _Lists:
         part = lists[name]
-        parts = -(-part.tokens * top_k // SORT_PAIRS)
+        parts = -(-part.tokens * top_k // plan.part_pairs)
         return _Lists(*addresses(name), part.count, parts, part.max_tiles)
 
     claimed, arrived = at["zeros"], t.counters.data_ptr()
+    own_lists = _OwnLists(
+        at["own columns"], at["own first"], at["own twice"], t.topk_weights.data_ptr(), top_k
+    )
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
         pointer(t.w13_input_scale), described("up"), _Lists() if shared else described("down"),
-        at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
+        own_lists if own else _OwnLists(), at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
         zeros, int(t.topk_ids.dtype == torch.int64), plan.sorters,
+        plan.part_pairs,
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
     up_parameters = _UpParams(
@@ -116,10 +140,17 @@ def launches_prefill(
         claimed + 4 * (2 + 2 * steps), arrived, top_k, plan.up.count, plan.up.tokens * top_k,
         plan.up.max_tiles, up.ring,
     )  # fmt: skip
+    w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
+    q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
+    if own:
+        own_parameters = _OwnDownParams(
+            w2, at["q"], at["own columns"], at["own first"], at["own twice"], q_scale,
+            out.data_ptr(), claimed + 4, factor, tokens, top_k, plan.down.count,
+            plan.down.tokens, layer.experts,
+        )  # fmt: skip
+        return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(
-        _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner),
-        at["q"], *addresses("up" if shared else "down"), at["place"],
-        at["row_scale"] if dynamic else pointer(t.w2_input_scale), t.topk_weights.data_ptr(),
+        w2, at["q"], *addresses("up" if shared else "down"), at["place"], q_scale, t.topk_weights.data_ptr(),
         at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, top_k,
         plan.down.count, plan.down.tokens, plan.down.max_tiles, plan.slices, plan.slice_blocks,
         down.ring,

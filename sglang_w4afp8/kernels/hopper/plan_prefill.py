@@ -40,6 +40,14 @@ do not stay in L2 either, and wait for each other more often."""
 UP_LIST_PAIRS = 131_072
 """Pairs of a list of gate and up: the longer, the fuller are its tiles."""
 MAX_SLICE_BLOCKS = 8
+OWN_MOST_K = 256
+"""Longest K for which CTAs own outputs: what they read grows with it."""
+OWN_TOKENS = 512
+"""Most tokens whose sums a CTA has, 128 KB."""
+OWN_CLUSTERS = (4, 2, 1)
+"""CTAs that share weights, where there are as many lists."""
+OWN_WARPGROUPS = 3
+OWN_MOST_SLOTS = 12
 MAX_RING = 8
 
 
@@ -58,9 +66,17 @@ class Lists:
     max_tiles: int
 
     @classmethod
-    def of(cls, layer: Layer, tokens: int, most_pairs: int) -> Lists:
-        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
-        step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+    def of(cls, layer: Layer, tokens: int, most_pairs: int, step: int = 0) -> Lists:
+        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list.
+
+        Args:
+            layer: the sizes.
+            tokens: M.
+            most_pairs: of a list.
+            step: tokens that a list has a multiple of; 0: the fewest of which CTAs that sort
+                :data:`SORT_PAIRS` pairs each have a whole number.
+        """
+        step = step or SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
         size = min(tokens, max(step, most_pairs // layer.top_k // step * step))
         pairs = size * layer.top_k
         return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
@@ -73,14 +89,16 @@ class PrefillPlan:
     Attributes:
         launches: route, up, down.
         sorters: CTAs of route that sort.
+        part_pairs: pairs that such a CTA sorts.
         up: lists of gate and up.
         down: lists of down, and of the sums.
-        slices: parts of the outputs.
+        slices: parts of the outputs; 0 where CTAs own outputs (prefill_own_down.cu).
         slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
     """
 
     launches: tuple[Launch, Launch, Launch]
     sorters: int
+    part_pairs: int
     up: Lists
     down: Lists
     slices: int
@@ -115,6 +133,63 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
     return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
 
 
+def _own_cluster(lists: int) -> int:
+    return next(size for size in OWN_CLUSTERS if lists >= size)
+
+
+def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
+    """The launch whose CTAs own outputs, and the tokens of a list; None where K is too long."""
+    shape, group = layer.down, layer.inner_group
+    most = min(OWN_TOKENS, SORT_PAIRS // layer.top_k // 8 * 8)
+    if shape.k > OWN_MOST_K or shape.stage_k != shape.k or most < 8:
+        return None
+    lists = -(-tokens // most)
+    cluster = _own_cluster(lists)
+    lists = -(-lists // cluster) * cluster
+    size = -(-tokens // (lists * 8)) * 8
+    # A tile has as many columns as nearly every expert has tokens in a list.
+    usual = size * layer.top_k / layer.experts
+    columns = min(32, max(16, -(-int(usual + 2 * usual**0.5) // 8) * 8))
+    stage = shape.k * 32 + shape.k // group * 128
+    fixed = (
+        ALIGNMENT
+        + 256
+        + (most + 1) * ROW_TILE * 4
+        + 2 * (layer.experts + 1) * 8
+        + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
+        + 1024
+    )
+    token_slot = columns * (shape.k + 8) + BARRIER_BYTES
+    slots = (CTA_SHARED_BYTES - fixed) // (stage + BARRIER_BYTES + token_slot)
+    slots = min(slots, OWN_MOST_SLOTS)
+    kernel = Kernel(
+        "prefill_own_down.cu",
+        "w4a8_prefill_own_down",
+        (
+            ("W4_K", shape.k),
+            ("W4_TILES", shape.tiles),
+            ("W4_GROUP", group),
+            ("W4_MINUS_EIGHT", int(layer.minus_eight)),
+            ("W4_DYNAMIC", int(layer.dynamic)),
+            ("W4_WGS", OWN_WARPGROUPS),
+            ("W4_CLUSTER", cluster),
+            ("W4_TOKENS", columns),
+            ("W4_MOST_TOKENS", most),
+            ("W4_WEIGHT_SLOTS", slots),
+            ("W4_TOKEN_SLOTS", slots),
+        ),
+    )
+    shared = fixed - 1024 + slots * (stage + BARRIER_BYTES + token_slot)
+    grid = sms // cluster * cluster
+    threads = (OWN_WARPGROUPS + 1) * 128
+    return Launch(kernel, (grid, 1), threads, shared, slots, columns), size
+
+
+def _route(tokens: int, sorters: int) -> Launch:
+    kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
+    return Launch(kernel, (sorters + -(-tokens // ROUTE_ROWS), 1), ROUTE_THREADS)
+
+
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
 
@@ -123,19 +198,32 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         tokens: M, at least 1.
         sms: multiprocessors.
     """
+    own = _own_down(layer, tokens, sms)
+    if own is not None:
+        launch, size = own
+        sorters = -(-tokens // size)
+        return PrefillPlan(
+            launches=(_route(tokens, sorters), _matrix(layer, sms, True), launch),
+            sorters=sorters,
+            part_pairs=size * layer.top_k,
+            up=Lists.of(layer, tokens, UP_LIST_PAIRS, size),
+            down=Lists(sorters, size, 0),
+            slices=0,
+            slice_blocks=0,
+        )
     up = Lists.of(layer, tokens, UP_LIST_PAIRS)
     down = Lists.of(layer, tokens, SLICE_PAIRS)
     blocks = -(-layer.hidden // 256)
     slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // (down.tokens * layer.top_k)))
     sorters = -(-tokens * layer.top_k // SORT_PAIRS)
-    route = Launch(
-        Kernel("prefill_route.cu", "w4a8_prefill_route"),
-        (sorters + -(-tokens // ROUTE_ROWS), 1),
-        ROUTE_THREADS,
-    )
     return PrefillPlan(
-        launches=(route, _matrix(layer, sms, True), _matrix(layer, sms, False)),
+        launches=(
+            _route(tokens, sorters),
+            _matrix(layer, sms, True),
+            _matrix(layer, sms, False),
+        ),
         sorters=sorters,
+        part_pairs=SORT_PAIRS,
         up=up,
         down=down,
         slices=-(-blocks // slice_blocks),

@@ -1,0 +1,372 @@
+// What feeds prefill_own_down.cu: jobs, their experts, weights and tokens.
+#pragma once
+#include "mma.cuh"
+
+constexpr int kK = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kCluster = W4_CLUSTER;
+constexpr int kWgs = W4_WGS, kColumns = W4_TOKENS, kMostTokens = W4_MOST_TOKENS;
+constexpr u32 kWeightSlots = W4_WEIGHT_SLOTS, kTokenSlots = W4_TOKEN_SLOTS;
+constexpr bool kMinusEight = W4_MINUS_EIGHT != 0, kDynamic = W4_DYNAMIC != 0;
+constexpr int kGroups = kK / kGroup, kSteps = kGroup / 32;
+constexpr int kTileBytes = kK * 32;                // INT4 of 64 rows
+constexpr int kTileScaleBytes = kGroups * 128;
+constexpr int kStageBytes = kTileBytes + kTileScaleBytes;
+constexpr int kConsumers = kWgs * 128;
+constexpr int kThreads = kConsumers + 128;
+constexpr int kMaxExperts = 512;  // as in prefill_route.cu
+// Tokens lie in swizzled panels as in prefill.cuh.
+constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
+constexpr int kTokenBytes = kColumns * kK;
+static_assert(kColumns % 8 == 0 && kColumns <= 32 && kK % kGroup == 0, "");
+// A wait for a slot's last user never lags two phases behind.
+static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
+
+struct Weights {
+  const u8* w;       // (E, rows, K / 2) in stage order
+  const u8* scales;  // (E, rows, K / group) bfloat16 in stage order
+  int rows, k;
+};
+
+// A pair in its list, sorted by expert (prefill_route.cu).
+struct Column {
+  int pair;
+  float weight;
+};
+
+struct PrefillOwnParams {
+  Weights weights;
+  const u8* b;            // (M * top_k, K) E4M3
+  const Column* columns;  // (lists, list_tokens * top_k)
+  const int* first;       // (lists, kMaxExperts + 1) where an expert's columns begin
+  const int* twice;       // (lists) whether a token may name an expert twice
+  const float* b_scale;   // static: (1); dynamic: (M * top_k)
+  u16* out;               // (M, rows) bfloat16
+  u32* claimed;           // zero before
+  float factor;
+  int tokens, top_k, lists, list_tokens, experts;
+};
+
+struct Step {
+  u16 expert, chunk;  // chunks of the job before this step
+  int first;
+};
+struct Job {
+  int steps, chunks, tile, list, twice;  // steps: -1 after the last job
+};
+
+__shared__ Job jobs[2];
+__shared__ u32 numbers[2];  // of jobs, as the first CTA of the cluster has claimed them
+
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+__device__ __forceinline__ float2 lds_float2(u32 address) {
+  const uint2 v = lds64(address);
+  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+}
+__device__ __forceinline__ void sts_float2(u32 address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+// Where the 64 sums of token t are. The four tokens that a warp adds to at once spread over the
+// banks as far as their numbers differ: a sum's byte is XORed with the low bits of t.
+__device__ __forceinline__ u32 sum_offset(u32 t) { return t * 256 + ((t & 3) << 5); }
+
+// Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.
+__device__ __forceinline__ u64 panel_descriptor(u32 address) {
+  constexpr u64 kSwizzle = kPanel == 128 ? 1 : 2;
+  return static_cast<u64>((address & 0x3ffffu) >> 4) | (1ull << 16) |
+         (static_cast<u64>(8 * kPanel >> 4) << 32) | (kSwizzle << 62);
+}
+__device__ __forceinline__ constexpr u64 column_step(int j) {
+  return (j * 32 / kPanel * (kColumns * kPanel) + j * 32 % kPanel) / 16;
+}
+
+// Shared memory: slots of tokens, sums, slots of weights, what columns are, steps of two jobs, barriers.
+struct Shared {
+  u32 token_slots, sums, weight_slots, metas, bars;
+  Step* step_tables;
+  int step_stride;
+
+  __device__ __forceinline__ static Shared of(u8* shared, int experts) {
+    Shared s;
+    const u32 begin = smem_address(shared);
+    s.token_slots = (begin + 1023) & ~1023u;
+    s.sums = (s.token_slots + kTokenSlots * kTokenBytes + 255) & ~255u;
+    s.weight_slots = s.sums + (kMostTokens + 1) * 256;
+    s.metas = s.weight_slots + kWeightSlots * kStageBytes;
+    const u32 tables = s.metas + kTokenSlots * kColumns * 8;
+    s.step_stride = experts + 1;
+    s.step_tables = reinterpret_cast<Step*>(shared + (tables - begin));
+    s.bars = tables + 2 * s.step_stride * sizeof(Step);
+    return s;
+  }
+  __device__ __forceinline__ u32 tokens(u32 i) const { return token_slots + i * kTokenBytes; }
+  __device__ __forceinline__ u32 weights(u32 i) const { return weight_slots + i * kStageBytes; }
+  __device__ __forceinline__ u32 meta(u32 i) const { return metas + i * (kColumns * 8); }
+  __device__ __forceinline__ Step* steps(int i) const { return step_tables + i * step_stride; }
+  __device__ __forceinline__ static Job* job(int i) { return &jobs[i]; }
+
+  __device__ __forceinline__ u32 weights_full(u32 i) const { return bars + i * 16; }
+  __device__ __forceinline__ u32 weights_empty(u32 i) const { return bars + i * 16 + 8; }
+  __device__ __forceinline__ u32 tokens_full(u32 i) const { return weights_full(kWeightSlots + i); }
+  __device__ __forceinline__ u32 tokens_empty(u32 i) const { return tokens_full(i) + 8; }
+  __device__ __forceinline__ u32 table_full(int i) const { return tokens_full(kTokenSlots + i); }
+  __device__ __forceinline__ u32 table_empty(int i) const { return table_full(i) + 8; }
+  __device__ __forceinline__ u32 number_full(int i) const { return table_full(2 + i); }
+  __device__ __forceinline__ u32 number_empty(int i) const { return table_full(2 + i) + 8; }
+  __device__ __forceinline__ u32 turn(int wg, int warp) const {
+    return table_full(4) + (wg * 4 + warp) * 8;
+  }
+
+  // One thread.
+  __device__ __forceinline__ void set_up() const {
+    for (u32 i = 0; i < kWeightSlots; ++i) {
+      barrier_init(weights_full(i), 1);
+      barrier_init(weights_empty(i), 4 * kCluster);
+    }
+    for (u32 i = 0; i < kTokenSlots; ++i) {
+      barrier_init(tokens_full(i), 33);  // lanes whose copies have arrived, and what they wrote
+      barrier_init(tokens_empty(i), 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(table_full(i), 1);
+      barrier_init(table_empty(i), kConsumers / 32 + 3);
+      barrier_init(number_full(i), 1);
+      barrier_init(number_empty(i), kCluster);
+    }
+    for (int i = 0; i < kWgs * 4; ++i) barrier_init(turn(i / 4, i % 4), 1);
+    barrier_init_fence();
+    for (u32 i = 0; i < kWeightSlots; ++i) barrier_expect(weights_full(i), kStageBytes);
+    for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i));
+  }
+};
+
+// The same barrier of CTA `to` of the cluster.
+__device__ __forceinline__ void arrive_at(u32 bar, u32 to, u32 rank) {
+  if (kCluster == 1 || to == rank) {
+    barrier_arrive(bar);
+  } else {
+    barrier_arrive_at(bar, to);
+  }
+}
+
+__device__ __forceinline__ void copy_to_all(u32 dst, const void* src, u32 bytes, u32 bar) {
+  if constexpr (kCluster == 1) {
+    bulk_copy(dst, src, bytes, bar);
+  } else {
+    bulk_copy_to_all(dst, src, bytes, bar, kCluster);
+  }
+}
+
+// ---- jobs ----------------------------------------------------------------------------------------
+// Claims for the cluster: the first CTA tells all of them. A whole warp; returns the job's number.
+__device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shared& s, u32 rank,
+                                           int n) {
+  const int lane = threadIdx.x & 31, i = n & 1;
+  if constexpr (kCluster == 1) {
+    return uniform(lane == 0 ? atomicAdd(p.claimed, 1u) : 0);
+  } else {
+    if (rank == 0) {
+      barrier_wait_cluster(s.number_empty(i), (n >> 1 & 1) ^ 1);
+      const u32 number = uniform(lane == 0 ? atomicAdd(p.claimed, 1u) : 0);
+      if (lane < kCluster) {
+        store_at(smem_address(&numbers[i]), number, lane);
+        barrier_arrive_at(s.number_full(i), lane);
+      }
+    }
+    barrier_wait_cluster(s.number_full(i), n >> 1 & 1);
+    const u32 number = lds32(smem_address(&numbers[i]));
+    __syncwarp();
+    if (lane == 0) barrier_arrive_at(s.number_empty(i), 0);
+    return number;
+  }
+}
+
+// One warp: which experts a job needs. Those of all lists of the cluster, as weights come to all.
+__device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
+  const int lane = threadIdx.x & 31;
+  const u32 groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
+  for (int n = 0;; ++n) {
+    const u32 number = next_number(p, s, rank, n);
+    barrier_wait(s.table_empty(n & 1), (n >> 1 & 1) ^ 1);
+    // Lists run inside row tiles: a tile's weights are read from memory once.
+    const int tile = number / groups, group = number % groups * kCluster, list = group + rank;
+    Job job{-1, 0, tile, list, 0};
+    if (tile < tiles) {
+      Step* steps = s.steps(n & 1);
+      int count = 0, chunks = 0, end = 0;
+#pragma unroll 2
+      for (int begin = 0; begin < p.experts; begin += 32) {
+        const int e = begin + lane;
+        int own = 0, own_end = 0;
+        bool wanted = false;
+#pragma unroll
+        for (int r = 0; r < kCluster; ++r) {
+          if (group + r >= p.lists || e >= p.experts) continue;
+          const int* first = p.first + static_cast<u64>(group + r) * (kMaxExperts + 1) + e;
+          const int from = first[0], to = first[1];
+          wanted |= to > from;
+          if (r == rank) own = from, own_end = to;
+        }
+        int mine = (own_end - own + kColumns - 1) / kColumns, before = mine;
+        for (int d = 1; d < 32; d <<= 1) {
+          const int other = __shfl_up_sync(0xffffffffu, before, d);
+          if (lane >= d) before += other;
+        }
+        const u32 all = __ballot_sync(0xffffffffu, wanted);
+        if (wanted) {
+          steps[count + __popc(all & ((1u << lane) - 1))] =
+              Step{static_cast<u16>(e), static_cast<u16>(chunks + before - mine), own};
+        }
+        count += __popc(all), chunks += __shfl_sync(0xffffffffu, before, 31);
+        end = max(end, __reduce_max_sync(0xffffffffu, own_end));
+      }
+      if (lane == 0) steps[count] = Step{0, static_cast<u16>(chunks), end};
+      job.steps = count, job.chunks = chunks;
+      job.twice = list < p.lists ? p.twice[list] : 0;
+    }
+    if (lane == 0) jobs[n & 1] = job;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.table_full(n & 1));
+    if (job.steps < 0) return;
+  }
+}
+
+// ---- weights -------------------------------------------------------------------------------------
+// One warp. CTAs of a cluster take steps in turn and send to all.
+__device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const Shared& s,
+                                                u32 rank) {
+  const int lane = threadIdx.x & 31;
+  const u64 w_expert = static_cast<u64>(p.weights.rows) * (kK / 2);
+  const u64 s_expert = static_cast<u64>(p.weights.rows) * (kGroups * 2);
+  u32 number = 0, phases = 0;  // a bit for each slot
+  for (int n = 0;; ++n) {
+    barrier_wait(s.table_full(n & 1), n >> 1 & 1);
+    const Job job = *s.job(n & 1);
+    if (job.steps < 0) return;
+    const u8* w = p.weights.w + static_cast<u64>(job.tile) * kTileBytes;
+    const u8* scales = p.weights.scales + static_cast<u64>(job.tile) * kTileScaleBytes;
+    for (int i = 0; i < job.steps; ++i, ++number) {
+      if (kCluster > 1 && number % kCluster != rank) continue;
+      const u32 slot = number % kWeightSlots;
+      if (number >= kWeightSlots) {
+        barrier_wait_cluster(s.weights_empty(slot), phases >> slot & 1);
+        phases ^= 1u << slot;
+      }
+      const u64 expert = s.steps(n & 1)[i].expert;
+      if (lane < 2) {
+        const u8* from = lane == 0 ? w + expert * w_expert : scales + expert * s_expert;
+        copy_to_all(s.weights(slot) + lane * kTileBytes, from,
+                    lane == 0 ? kTileBytes : kTileScaleBytes, s.weights_full(slot));
+      }
+      __syncwarp();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.table_empty(n & 1));
+  }
+}
+
+// ---- tokens --------------------------------------------------------------------------------------
+// Walks over the chunks of all jobs, every other one.
+struct Chunks {
+  const PrefillOwnParams& p;
+  const Shared& s;
+  Job job{0, 0, 0, 0, 0};
+  int n = -1, step = -1, c = 0, count = 0;
+  u32 number = 0xffffffffu;  // of the chunk, over all jobs
+  int first = 0;
+
+  // A whole warp. False after the last one.
+  __device__ __forceinline__ bool next() {
+    c += kColumns, first += kColumns;
+    while (c >= count) {
+      if (++step < job.steps) {
+        const Step* at = s.steps(n & 1) + step;
+        c = 0, first = at[0].first, count = at[1].first - first;
+        continue;
+      }
+      __syncwarp();
+      if (n >= 0 && (threadIdx.x & 31) == 0) barrier_arrive(s.table_empty(n & 1));
+      ++n;
+      barrier_wait(s.table_full(n & 1), n >> 1 & 1);
+      job = *s.job(n & 1);
+      step = -1, c = 0, count = 0;
+      if (job.steps < 0) return false;
+    }
+    ++number;
+    return true;
+  }
+  __device__ __forceinline__ bool next_of(u32 part) {
+    do {
+      if (!next()) return false;
+    } while ((number & 1) != part);
+    return true;
+  }
+};
+
+// A lane's column of a chunk that will be copied.
+struct Coming {
+  u32 number;
+  int here, list;  // columns, 0 after the last chunk
+  Column column;
+};
+
+// Two warps, `part` 0 and 1: rows of the tokens, swizzled; where each column's sums are, and its weight.
+__device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
+                                               u32 part) {
+  constexpr int kPieces = kPanel / 16, kRowsAtOnce = 32 / kPieces;
+  const int lane = threadIdx.x & 31, piece = lane % kPieces, row = lane / kPieces;
+  const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
+  const u32 inverse_top_k = 0xffffffffu / p.top_k + 1;  // exact: a list has few pairs
+  Chunks chunks{p, s};
+  auto fetch = [&] {
+    Coming coming{0, 0, 0, {0, 0.0f}};
+    if (!chunks.next_of(part)) return coming;
+    coming.number = chunks.number, coming.list = chunks.job.list;
+    coming.here = min(chunks.count - chunks.c, kColumns);
+    if (lane < coming.here) {
+      const u64 list = static_cast<u64>(chunks.job.list) * p.list_tokens * p.top_k;
+      coming.column = p.columns[list + chunks.first + lane];
+    }
+    return coming;
+  };
+  Coming now = fetch(), then = now;
+  if (now.here > 0) then = fetch();
+  while (now.here > 0) {
+    Coming later{0, 0, 0, {0, 0.0f}};
+    if (then.here > 0) later = fetch();
+    const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
+    barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
+    if (lane < kColumns) {
+      u32 at = s.sums + kMostTokens * 256;
+      float weight = 0.0f;
+      if (lane < now.here) {
+        const u32 local = now.column.pair - now.list * p.list_tokens * p.top_k;
+        const u32 t = p.top_k == 1 ? local : __umulhi(local, inverse_top_k);
+        at = s.sums + sum_offset(t);
+        weight = now.column.weight * (kDynamic ? p.b_scale[now.column.pair] * 512.0f : b_scale);
+      }
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(s.meta(slot) + lane * 8), "r"(at),
+                   "f"(weight)
+                   : "memory");
+    }
+    u32 to = s.tokens(slot) + row * kPanel;
+#pragma unroll
+    for (int r = 0; r < kColumns; r += kRowsAtOnce) {
+      if (r >= now.here) break;
+      const int pair = __shfl_sync(0xffffffffu, now.column.pair, (r + row) & 31);
+      const u32 swizzled = (piece ^ (kPanel == 128 ? (r + row) % 8 : (r + row) / 2 % 4)) * 16;
+      if (r + row < now.here) {
+        const u8* from = p.b + static_cast<u64>(pair) * kK + piece * 16;
+#pragma unroll
+        for (int panel = 0; panel < kK / kPanel; ++panel) {
+          async_copy16(to + r * kPanel + panel * (kColumns * kPanel) + swizzled,
+                       from + panel * kPanel);
+        }
+      }
+    }
+    async_copy_arrive(full);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(full);
+    now = then, then = later;
+  }
+}

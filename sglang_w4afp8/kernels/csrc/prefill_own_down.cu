@@ -1,0 +1,244 @@
+// Down of the prefill path for a short K: w2 times the FP8 products, summed over experts where they
+// are made.
+//
+// A CTA owns 64 outputs of one list of at most W4_MOST_TOKENS tokens at a time. It goes through the
+// experts in order, reads those 64 rows of each, and adds every pair's result, times its combine weight,
+// to its token's sum in shared memory, in FP32: nothing but the output is written to memory, and results
+// do not depend on timing. Weights would be read once for every list, so W4_CLUSTER CTAs with
+// different lists and the same rows form a cluster and a stage of weights is sent to all of them.
+//
+// Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
+// every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by expert.
+// W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
+#include "prefill_own.cuh"
+
+struct OwnBody {
+  const PrefillOwnParams& p;
+  const Shared& s;
+  u32 rank;
+  int wg, warp, lane;  // warp: of the warpgroup
+  u32 turns = 0;       // that this warpgroup has had
+
+  template <int kN>
+  __device__ __forceinline__ void run(const u32 (&a)[kK / 8], const u32 (&scales)[kGroups],
+                                      int slot, bool twice, bool first) {
+    float v[kN / 2];
+    multiply<kN>(v, a, scales, s.tokens(slot));
+    if (first) wait_turn();
+    add<kN>(v, s.meta(slot), twice);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void multiply(float (&v)[kN / 2], const u32 (&a)[kK / 8],
+                                           const u32 (&scales)[kGroups], u32 tokens) {
+    const u64 b = panel_descriptor(tokens);
+    constexpr int kTogether = kGroups <= 2 ? kGroups : 1;
+#pragma unroll
+    for (int begin = 0; begin < kGroups; begin += kTogether) {
+      float part[kTogether][kN / 2];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) pin(part[i]);
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) {
+          const int at = (begin + i) * kSteps + j;
+          Mma<kN>::issue(part[i], a[4 * at], a[4 * at + 1], a[4 * at + 2], a[4 * at + 3],
+                         b + column_step(at), j);
+        }
+      }
+      mma_commit();
+      mma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        pin(part[i]);
+        const float s0 = bf16_low(scales[begin + i]), s1 = bf16_high(scales[begin + i]);
+#pragma unroll
+        for (int c = 0; c < kN / 2; ++c) {
+          const float by = c & 2 ? s1 : s0;
+          v[c] = begin + i == 0 ? part[i][c] * by : v[c] + part[i][c] * by;
+        }
+      }
+    }
+  }
+
+  // To the sums of the tokens. Columns without a pair have a row of their own that nobody reads.
+  template <int kN>
+  __device__ __forceinline__ void add(const float (&v)[kN / 2], u32 meta, bool twice) {
+    const int g = lane >> 2, q = lane & 3;
+    const u32 mine = warp * 64 + g * 8;
+    u32 at[kN / 4];
+    float weight[kN / 4];
+#pragma unroll
+    for (int b = 0; b < kN / 8; ++b) {
+      const uint4 m = lds128(meta + b * 64 + q * 16);
+      at[2 * b] = m.x ^ mine, weight[2 * b] = __uint_as_float(m.y);
+      at[2 * b + 1] = m.z ^ mine, weight[2 * b + 1] = __uint_as_float(m.w);
+    }
+    auto added = [&](int c, float2 old) {
+      const int i = (c >> 1) * 4 + (c & 1);
+      return make_float2(old.x + v[i] * weight[c], old.y + v[i + 2] * weight[c]);
+    };
+    if (!twice) {
+      float2 old[kN / 4];
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) old[c] = lds_float2(at[c]);
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) sts_float2(at[c], added(c, old[c]));
+      return;
+    }
+    // Two columns may be the same token: one after the other.
+#pragma unroll
+    for (int b = 0; b < kN / 8; ++b) {
+      for (int turn = 0; turn < 4; ++turn) {
+        if (turn == q) {
+          sts_float2(at[2 * b], added(2 * b, lds_float2(at[2 * b])));
+          sts_float2(at[2 * b + 1], added(2 * b + 1, lds_float2(at[2 * b + 1])));
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void wait_turn() { barrier_wait(s.turn(wg, warp), turns & 1); }
+  __device__ __forceinline__ void pass_turn() {
+    ++turns;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
+  }
+
+  // One expert: `number` counts them over all jobs, `chunk` the chunks of tokens before it.
+  __device__ __forceinline__ void step(u32 number, u32 chunk, int count, bool twice) {
+    const int thread = warp * 32 + lane;
+    const u32 slot = number % kWeightSlots, full = s.weights_full(slot);
+    const u32 w = s.weights(slot) + thread * 16;
+    const u32 scale_at = s.weights(slot) + kTileBytes + (warp * 8 + (lane >> 2)) * 4;
+    barrier_wait(full, number / kWeightSlots & 1);
+    u32 scales[kGroups], a[kK / 8];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
+#pragma unroll
+    for (int i = 0; i < kK / 64; ++i) {
+      const uint4 v = lds128(w + i * 2048);
+      decode_int4<kMinusEight>(v.x, a[8 * i + 0], a[8 * i + 1]);
+      decode_int4<kMinusEight>(v.y, a[8 * i + 2], a[8 * i + 3]);
+      decode_int4<kMinusEight>(v.z, a[8 * i + 4], a[8 * i + 5]);
+      decode_int4<kMinusEight>(v.w, a[8 * i + 6], a[8 * i + 7]);
+    }
+    // The slot is free for its next user, and expects it.
+    if (thread == 0) barrier_expect(full, kStageBytes);
+    __syncwarp();
+    if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+    if (count == 0) wait_turn();
+    for (int c = 0; c < count; c += kColumns, ++chunk) {
+      const u32 at = chunk % kTokenSlots;
+      barrier_wait(s.tokens_full(at), chunk / kTokenSlots & 1);
+      fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
+      const int here = min(count - c, kColumns);
+      if (here <= 8) {
+        run<8>(a, scales, at, twice, c == 0);
+      } else if (here <= 16) {
+        run<16>(a, scales, at, twice, c == 0);
+      } else if (here <= 24) {
+        run<24>(a, scales, at, twice, c == 0);
+      } else {
+        if constexpr (kColumns == 32) run<32>(a, scales, at, twice, c == 0);
+      }
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.tokens_empty(at));
+      __syncwarp();  // the next chunk may have the same tokens in other lanes
+    }
+    pass_turn();
+  }
+
+  // The sums of a list's tokens to memory; they are zero after it.
+  __device__ __forceinline__ void finish(const Job& job) {
+    const int tid = threadIdx.x;
+    named_sync(1, kConsumers);
+    const int first = job.list * p.list_tokens;
+    const int count = max(0, min(p.list_tokens, p.tokens - first)) * 8;
+    for (int i = tid; i < count; i += kConsumers) {
+      const int t = i >> 3, piece = i & 7;
+      const u32 at = s.sums + sum_offset(t) ^ (piece * 32);
+      const uint4 low = lds128(at), high = lds128(at + 16);
+      sts128(at, make_uint4(0, 0, 0, 0));
+      sts128(at + 16, make_uint4(0, 0, 0, 0));
+      auto two = [&](u32 a, u32 b) {
+        return pack_bf16(__uint_as_float(a) * p.factor, __uint_as_float(b) * p.factor);
+      };
+      const u32 r[4] = {two(low.x, low.y), two(low.z, low.w), two(high.x, high.y),
+                        two(high.z, high.w)};
+      u16* out = p.out + static_cast<u64>(first + t) * p.weights.rows;
+      if constexpr (kLayoutTiles == 1) {
+        *reinterpret_cast<uint4*>(out + job.tile * 64 + piece * 8) =
+            make_uint4(r[0], r[1], r[2], r[3]);
+      } else {
+        // A warpgroup's row tiles interleave (hopper/layout.py, _row_order).
+        const int row = job.tile / kLayoutTiles * kLayoutTiles * 64 + job.tile % kLayoutTiles * 2;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+        }
+      }
+    }
+    named_sync(1, kConsumers);
+  }
+
+  __device__ __forceinline__ void consume() {
+    for (u32 i = threadIdx.x; i < (kMostTokens + 1) * 16; i += kConsumers) {
+      sts128(s.sums + i * 16, make_uint4(0, 0, 0, 0));
+    }
+    named_sync(1, kConsumers);
+    u32 number = 0, chunk = 0;  // steps and chunks of the jobs before
+    int own = wg;               // next step of this warpgroup, in the job
+    for (int n = 0;; ++n) {
+      barrier_wait(s.table_full(n & 1), n >> 1 & 1);
+      const Job job = *s.job(n & 1);
+      if (job.steps < 0) return;
+      const Step* steps = s.steps(n & 1);
+      for (; own < job.steps; own += kWgs) {
+        const Step now = steps[own];
+        step(number + own, chunk + now.chunk, steps[own + 1].first - now.first, job.twice != 0);
+      }
+      own -= job.steps, number += job.steps, chunk += job.chunks;
+      finish(job);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.table_empty(n & 1));
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+#if W4_CLUSTER > 1
+__cluster_dims__(W4_CLUSTER, 1, 1)
+#endif
+    w4a8_prefill_own_down(const __grid_constant__ PrefillOwnParams p) {
+  extern __shared__ __align__(128) u8 shared[];
+  const Shared s = Shared::of(shared, p.experts);
+  if (threadIdx.x == 0) s.set_up();
+  __syncthreads();
+  if constexpr (kCluster > 1) cluster_sync();
+  pdl_wait();
+  pdl_trigger();
+  const u32 rank = blockIdx.x % kCluster;
+  if (threadIdx.x >= kConsumers) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    const int warp = (threadIdx.x - kConsumers) >> 5;
+    if (warp == 0) {
+      describe_jobs(p, s, rank);
+    } else if (warp == 1) {
+      produce_weights(p, s, rank);
+    } else {
+      produce_tokens(p, s, warp - 2);
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 112 : 152));
+    const int thread = threadIdx.x & 127;
+    OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
+                 thread & 31};
+    body.consume();
+  }
+  __syncwarp();
+  if constexpr (kCluster > 1) cluster_sync();  // others may still write or arrive here
+}
