@@ -11,13 +11,15 @@ constexpr int kTileBytes = kK * 32;                // INT4 of 64 rows
 constexpr int kTileScaleBytes = kGroups * 128;
 constexpr int kStageBytes = kTileBytes + kTileScaleBytes;
 constexpr int kConsumers = kWgs * 128;
-constexpr int kThreads = kConsumers + 128;
+constexpr int kThreads = kConsumers + 256;
+constexpr int kTokenWarps = 6;
 constexpr int kMaxExperts = 512;  // as in prefill_route.cu
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
 constexpr int kTokenBytes = kColumns * kK;
 static_assert(kColumns % 8 == 0 && kColumns <= 32 && kK % kGroup == 0, "");
-// A wait for a slot's last user never lags two phases behind.
+// A warpgroup that waits for a slot has done the step kWgs before, and so have the others all steps
+// before that: no wait lags two phases behind.
 static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
 
 struct Weights {
@@ -42,15 +44,21 @@ struct PrefillOwnParams {
   u16* out;               // (M, rows) bfloat16
   u32* claimed;           // zero before
   float factor;
-  int tokens, top_k, lists, list_tokens, experts;
+  int tokens, top_k, lists, list_tokens, experts, max_steps;
 };
 
+// An expert and at most kColumns of its columns in this CTA's list, perhaps none.
 struct Step {
-  u16 expert, chunk;  // chunks of the job before this step
-  int first;
+  u32 bits;
+  __device__ __forceinline__ static Step of(int expert, int first, int count) {
+    return Step{static_cast<u32>(expert | count << 10 | first << 16)};
+  }
+  __device__ __forceinline__ int expert() const { return bits & 1023; }
+  __device__ __forceinline__ int count() const { return bits >> 10 & 63; }
+  __device__ __forceinline__ int first() const { return bits >> 16; }
 };
 struct Job {
-  int steps, chunks, tile, list, twice;  // steps: -1 after the last job
+  int steps, tile, list, twice;  // steps: -1 after the last job
 };
 
 __shared__ Job jobs[2];
@@ -84,9 +92,9 @@ __device__ __forceinline__ constexpr u64 column_step(int j) {
 struct Shared {
   u32 token_slots, sums, weight_slots, metas, bars;
   Step* step_tables;
-  int step_stride;
+  int max_steps;
 
-  __device__ __forceinline__ static Shared of(u8* shared, int experts) {
+  __device__ __forceinline__ static Shared of(u8* shared, int max_steps) {
     Shared s;
     const u32 begin = smem_address(shared);
     s.token_slots = (begin + 1023) & ~1023u;
@@ -94,15 +102,15 @@ struct Shared {
     s.weight_slots = s.sums + (kMostTokens + 1) * 256;
     s.metas = s.weight_slots + kWeightSlots * kStageBytes;
     const u32 tables = s.metas + kTokenSlots * kColumns * 8;
-    s.step_stride = experts + 1;
+    s.max_steps = max_steps;
     s.step_tables = reinterpret_cast<Step*>(shared + (tables - begin));
-    s.bars = tables + 2 * s.step_stride * sizeof(Step);
+    s.bars = tables + 2 * max_steps * sizeof(Step);
     return s;
   }
   __device__ __forceinline__ u32 tokens(u32 i) const { return token_slots + i * kTokenBytes; }
   __device__ __forceinline__ u32 weights(u32 i) const { return weight_slots + i * kStageBytes; }
   __device__ __forceinline__ u32 meta(u32 i) const { return metas + i * (kColumns * 8); }
-  __device__ __forceinline__ Step* steps(int i) const { return step_tables + i * step_stride; }
+  __device__ __forceinline__ Step* steps(int i) const { return step_tables + i * max_steps; }
   __device__ __forceinline__ static Job* job(int i) { return &jobs[i]; }
 
   __device__ __forceinline__ u32 weights_full(u32 i) const { return bars + i * 16; }
@@ -129,7 +137,7 @@ struct Shared {
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(table_full(i), 1);
-      barrier_init(table_empty(i), kConsumers / 32 + 3);
+      barrier_init(table_empty(i), kConsumers / 32 + 1 + kTokenWarps);
       barrier_init(number_full(i), 1);
       barrier_init(number_empty(i), kCluster);
     }
@@ -166,11 +174,11 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
     return uniform(lane == 0 ? atomicAdd(p.claimed, 1u) : 0);
   } else {
     if (rank == 0) {
-      barrier_wait_cluster(s.number_empty(i), (n >> 1 & 1) ^ 1);
+      barrier_wait(s.number_empty(i), (n >> 1 & 1) ^ 1);
       const u32 number = uniform(lane == 0 ? atomicAdd(p.claimed, 1u) : 0);
       if (lane < kCluster) {
         store_at(smem_address(&numbers[i]), number, lane);
-        barrier_arrive_at(s.number_full(i), lane);
+        barrier_release_at(s.number_full(i), lane);
       }
     }
     barrier_wait_cluster(s.number_full(i), n >> 1 & 1);
@@ -190,38 +198,35 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
     barrier_wait(s.table_empty(n & 1), (n >> 1 & 1) ^ 1);
     // Lists run inside row tiles: a tile's weights are read from memory once.
     const int tile = number / groups, group = number % groups * kCluster, list = group + rank;
-    Job job{-1, 0, tile, list, 0};
+    Job job{-1, tile, list, 0};
     if (tile < tiles) {
       Step* steps = s.steps(n & 1);
-      int count = 0, chunks = 0, end = 0;
+      int count = 0;
 #pragma unroll 2
       for (int begin = 0; begin < p.experts; begin += 32) {
         const int e = begin + lane;
-        int own = 0, own_end = 0;
-        bool wanted = false;
+        int own = 0, own_end = 0, most = 0;
 #pragma unroll
         for (int r = 0; r < kCluster; ++r) {
           if (group + r >= p.lists || e >= p.experts) continue;
           const int* first = p.first + static_cast<u64>(group + r) * (kMaxExperts + 1) + e;
           const int from = first[0], to = first[1];
-          wanted |= to > from;
+          most = max(most, to - from);
           if (r == rank) own = from, own_end = to;
         }
-        int mine = (own_end - own + kColumns - 1) / kColumns, before = mine;
+        const int mine = (most + kColumns - 1) / kColumns;
+        int before = mine;
         for (int d = 1; d < 32; d <<= 1) {
           const int other = __shfl_up_sync(0xffffffffu, before, d);
           if (lane >= d) before += other;
         }
-        const u32 all = __ballot_sync(0xffffffffu, wanted);
-        if (wanted) {
-          steps[count + __popc(all & ((1u << lane) - 1))] =
-              Step{static_cast<u16>(e), static_cast<u16>(chunks + before - mine), own};
+        for (int i = 0; i < mine; ++i) {
+          const int at = min(own + i * kColumns, own_end);
+          steps[count + before - mine + i] = Step::of(e, at, min(own_end - at, kColumns));
         }
-        count += __popc(all), chunks += __shfl_sync(0xffffffffu, before, 31);
-        end = max(end, __reduce_max_sync(0xffffffffu, own_end));
+        count += __shfl_sync(0xffffffffu, before, 31);
       }
-      if (lane == 0) steps[count] = Step{0, static_cast<u16>(chunks), end};
-      job.steps = count, job.chunks = chunks;
+      job.steps = count;
       job.twice = list < p.lists ? p.twice[list] : 0;
     }
     if (lane == 0) jobs[n & 1] = job;
@@ -249,10 +254,10 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
       if (kCluster > 1 && number % kCluster != rank) continue;
       const u32 slot = number % kWeightSlots;
       if (number >= kWeightSlots) {
-        barrier_wait_cluster(s.weights_empty(slot), phases >> slot & 1);
+        barrier_wait(s.weights_empty(slot), phases >> slot & 1);
         phases ^= 1u << slot;
       }
-      const u64 expert = s.steps(n & 1)[i].expert;
+      const u64 expert = s.steps(n & 1)[i].expert();
       if (lane < 2) {
         const u8* from = lane == 0 ? w + expert * w_expert : scales + expert * s_expert;
         copy_to_all(s.weights(slot) + lane * kTileBytes, from,
@@ -266,107 +271,88 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
 }
 
 // ---- tokens --------------------------------------------------------------------------------------
-// Walks over the chunks of all jobs, every other one.
-struct Chunks {
-  const PrefillOwnParams& p;
-  const Shared& s;
-  Job job{0, 0, 0, 0, 0};
-  int n = -1, step = -1, c = 0, count = 0;
-  u32 number = 0xffffffffu;  // of the chunk, over all jobs
-  int first = 0;
-
-  // A whole warp. False after the last one.
-  __device__ __forceinline__ bool next() {
-    c += kColumns, first += kColumns;
-    while (c >= count) {
-      if (++step < job.steps) {
-        const Step* at = s.steps(n & 1) + step;
-        c = 0, first = at[0].first, count = at[1].first - first;
-        continue;
-      }
-      __syncwarp();
-      if (n >= 0 && (threadIdx.x & 31) == 0) barrier_arrive(s.table_empty(n & 1));
-      ++n;
-      barrier_wait(s.table_full(n & 1), n >> 1 & 1);
-      job = *s.job(n & 1);
-      step = -1, c = 0, count = 0;
-      if (job.steps < 0) return false;
-    }
-    ++number;
-    return true;
-  }
-  __device__ __forceinline__ bool next_of(u32 part) {
-    do {
-      if (!next()) return false;
-    } while ((number & 1) != part);
-    return true;
-  }
-};
-
-// A lane's column of a chunk that will be copied.
+// A lane's column of a step that will be copied.
 struct Coming {
-  u32 number;
-  int here, list;  // columns, 0 after the last chunk
+  u32 number;  // of the step, over all jobs
+  int here;    // columns; -1 after the last step
+  int base;    // first pair of the list
   Column column;
 };
 
-// Two warps, `part` 0 and 1: rows of the tokens, swizzled; where each column's sums are, and its weight.
+// kTokenWarps warps take steps in turn: rows of the tokens, swizzled; where each column's sums are, and
+// its weight.
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
-                                               u32 part) {
+                                               int part) {
   constexpr int kPieces = kPanel / 16, kRowsAtOnce = 32 / kPieces;
+  constexpr int kRounds = kColumns / kRowsAtOnce;
   const int lane = threadIdx.x & 31, piece = lane % kPieces, row = lane / kPieces;
+  // Rows of a round are kRowsAtOnce further on, which the swizzle sees as a bit or not at all.
+  auto swizzled = [&](int r) {
+    return (piece ^ (kPanel == 128 ? (r + row) % 8 : (r + row) / 2 % 4)) * 16;
+  };
+  const u32 to_lane = row * kPanel;
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const u32 inverse_top_k = 0xffffffffu / p.top_k + 1;  // exact: a list has few pairs
-  Chunks chunks{p, s};
+  const int list_pairs = p.list_tokens * p.top_k;
+  const u8* b = p.b + piece * 16;
+  Job job{0, 0, 0, 0};
+  int n = -1, own = part;
+  u32 base = 0;
   auto fetch = [&] {
-    Coming coming{0, 0, 0, {0, 0.0f}};
-    if (!chunks.next_of(part)) return coming;
-    coming.number = chunks.number, coming.list = chunks.job.list;
-    coming.here = min(chunks.count - chunks.c, kColumns);
-    if (lane < coming.here) {
-      const u64 list = static_cast<u64>(chunks.job.list) * p.list_tokens * p.top_k;
-      coming.column = p.columns[list + chunks.first + lane];
+    Coming coming{0, -1, 0, {0, 0.0f}};
+    while (own >= job.steps) {
+      own -= job.steps, base += job.steps;
+      __syncwarp();
+      if (n >= 0 && lane == 0) barrier_arrive(s.table_empty(n & 1));
+      ++n;
+      barrier_wait(s.table_full(n & 1), n >> 1 & 1);
+      job = *s.job(n & 1);
+      if (job.steps < 0) return coming;
     }
+    const Step step = s.steps(n & 1)[own];
+    coming.number = base + own, coming.here = step.count(), coming.base = job.list * list_pairs;
+    own += kTokenWarps;
+    if (lane < coming.here) coming.column = p.columns[coming.base + step.first() + lane];
     return coming;
   };
-  Coming now = fetch(), then = now;
-  if (now.here > 0) then = fetch();
-  while (now.here > 0) {
-    Coming later{0, 0, 0, {0, 0.0f}};
-    if (then.here > 0) later = fetch();
+  Coming now = fetch();
+  while (now.here >= 0) {
+    const Coming then = fetch();
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
-    barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
-    if (lane < kColumns) {
-      u32 at = s.sums + kMostTokens * 256;
-      float weight = 0.0f;
-      if (lane < now.here) {
-        const u32 local = now.column.pair - now.list * p.list_tokens * p.top_k;
-        const u32 t = p.top_k == 1 ? local : __umulhi(local, inverse_top_k);
-        at = s.sums + sum_offset(t);
-        weight = now.column.weight * (kDynamic ? p.b_scale[now.column.pair] * 512.0f : b_scale);
-      }
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(s.meta(slot) + lane * 8), "r"(at),
-                   "f"(weight)
-                   : "memory");
+    u32 at = s.sums + kMostTokens * 256;
+    float weight = 0.0f;
+    if (lane < now.here) {
+      const u32 local = now.column.pair - now.base;
+      at = s.sums + sum_offset(p.top_k == 1 ? local : __umulhi(local, inverse_top_k));
+      weight = now.column.weight * (kDynamic ? p.b_scale[now.column.pair] * 512.0f : b_scale);
     }
-    u32 to = s.tokens(slot) + row * kPanel;
+    int pairs[kRounds];
 #pragma unroll
-    for (int r = 0; r < kColumns; r += kRowsAtOnce) {
-      if (r >= now.here) break;
-      const int pair = __shfl_sync(0xffffffffu, now.column.pair, (r + row) & 31);
-      const u32 swizzled = (piece ^ (kPanel == 128 ? (r + row) % 8 : (r + row) / 2 % 4)) * 16;
-      if (r + row < now.here) {
-        const u8* from = p.b + static_cast<u64>(pair) * kK + piece * 16;
+    for (int i = 0; i < kRounds; ++i) {
+      pairs[i] = __shfl_sync(0xffffffffu, now.column.pair, i * kRowsAtOnce + row);
+    }
+    barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
+    const u32 to = s.tokens(slot) + to_lane;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      if (i * kRowsAtOnce + row < now.here) {
+        const u8* from = b + static_cast<u64>(static_cast<u32>(pairs[i])) * kK;
 #pragma unroll
         for (int panel = 0; panel < kK / kPanel; ++panel) {
-          async_copy16(to + r * kPanel + panel * (kColumns * kPanel) + swizzled,
+          async_copy16(to + i * kRowsAtOnce * kPanel + panel * (kColumns * kPanel) +
+                           swizzled(i * kRowsAtOnce),
                        from + panel * kPanel);
         }
       }
     }
     async_copy_arrive(full);
+    if (lane < kColumns) {
+      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(s.meta(slot) + lane * 8), "r"(at),
+                   "f"(weight)
+                   : "memory");
+    }
     __syncwarp();
     if (lane == 0) barrier_arrive(full);
-    now = then, then = later;
+    now = then;
   }
 }

@@ -21,10 +21,10 @@ struct OwnBody {
 
   template <int kN>
   __device__ __forceinline__ void run(const u32 (&a)[kK / 8], const u32 (&scales)[kGroups],
-                                      int slot, bool twice, bool first) {
+                                      u32 slot, bool twice) {
     float v[kN / 2];
     multiply<kN>(v, a, scales, s.tokens(slot));
-    if (first) wait_turn();
+    wait_turn();
     add<kN>(v, s.meta(slot), twice);
   }
 
@@ -108,8 +108,8 @@ struct OwnBody {
     if (lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
   }
 
-  // One expert: `number` counts them over all jobs, `chunk` the chunks of tokens before it.
-  __device__ __forceinline__ void step(u32 number, u32 chunk, int count, bool twice) {
+  // `number` counts steps over all jobs.
+  __device__ __forceinline__ void take(Step step, u32 number, bool twice) {
     const int thread = warp * 32 + lane;
     const u32 slot = number % kWeightSlots, full = s.weights_full(slot);
     const u32 w = s.weights(slot) + thread * 16;
@@ -130,25 +130,23 @@ struct OwnBody {
     if (thread == 0) barrier_expect(full, kStageBytes);
     __syncwarp();
     if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
-    if (count == 0) wait_turn();
-    for (int c = 0; c < count; c += kColumns, ++chunk) {
-      const u32 at = chunk % kTokenSlots;
-      barrier_wait(s.tokens_full(at), chunk / kTokenSlots & 1);
-      fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
-      const int here = min(count - c, kColumns);
-      if (here <= 8) {
-        run<8>(a, scales, at, twice, c == 0);
-      } else if (here <= 16) {
-        run<16>(a, scales, at, twice, c == 0);
-      } else if (here <= 24) {
-        run<24>(a, scales, at, twice, c == 0);
-      } else {
-        if constexpr (kColumns == 32) run<32>(a, scales, at, twice, c == 0);
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(s.tokens_empty(at));
-      __syncwarp();  // the next chunk may have the same tokens in other lanes
+    const u32 at = number % kTokenSlots;
+    barrier_wait(s.tokens_full(at), number / kTokenSlots & 1);
+    fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
+    const int count = uniform(step.count());
+    if (count == 0) {
+      wait_turn();
+    } else if (count <= 8) {
+      run<8>(a, scales, at, twice);
+    } else if (count <= 16) {
+      run<16>(a, scales, at, twice);
+    } else if (count <= 24) {
+      run<24>(a, scales, at, twice);
+    } else {
+      if constexpr (kColumns == 32) run<32>(a, scales, at, twice);
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.tokens_empty(at));
     pass_turn();
   }
 
@@ -190,18 +188,15 @@ struct OwnBody {
       sts128(s.sums + i * 16, make_uint4(0, 0, 0, 0));
     }
     named_sync(1, kConsumers);
-    u32 number = 0, chunk = 0;  // steps and chunks of the jobs before
-    int own = wg;               // next step of this warpgroup, in the job
+    u32 number = 0;  // steps of the jobs before
+    int own = wg;    // next step of this warpgroup, in the job
     for (int n = 0;; ++n) {
       barrier_wait(s.table_full(n & 1), n >> 1 & 1);
       const Job job = *s.job(n & 1);
       if (job.steps < 0) return;
       const Step* steps = s.steps(n & 1);
-      for (; own < job.steps; own += kWgs) {
-        const Step now = steps[own];
-        step(number + own, chunk + now.chunk, steps[own + 1].first - now.first, job.twice != 0);
-      }
-      own -= job.steps, number += job.steps, chunk += job.chunks;
+      for (; own < job.steps; own += kWgs) take(steps[own], number + own, job.twice != 0);
+      own -= job.steps, number += job.steps;
       finish(job);
       __syncwarp();
       if (lane == 0) barrier_arrive(s.table_empty(n & 1));
@@ -215,7 +210,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
 #endif
     w4a8_prefill_own_down(const __grid_constant__ PrefillOwnParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  const Shared s = Shared::of(shared, p.experts);
+  const Shared s = Shared::of(shared, p.max_steps);
   if (threadIdx.x == 0) s.set_up();
   __syncthreads();
   if constexpr (kCluster > 1) cluster_sync();
@@ -223,7 +218,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   pdl_trigger();
   const u32 rank = blockIdx.x % kCluster;
   if (threadIdx.x >= kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
       describe_jobs(p, s, rank);
@@ -233,7 +228,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       produce_tokens(p, s, warp - 2);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 112 : 152));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 104 : 144));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
                  thread & 31};

@@ -37,8 +37,17 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
 }
-// The same barrier of CTA `rank` of the cluster.
+// The same barrier of CTA `rank` of the cluster. Says that something has been read, no more: a
+// release to the whole cluster waits for all that this thread has under way, 500 cycles.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
+// The same, and what this thread has written is seen by who waits there for the cluster.
+__device__ __forceinline__ void barrier_release_at(u32 bar, u32 rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
@@ -72,7 +81,7 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   while (!barrier_try(bar, parity)) {
   }
 }
-// Where other CTAs of the cluster arrive.
+// Then sees what another CTA of the cluster has released.
 __device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
   u32 done;
   do {

@@ -8,7 +8,7 @@ import torch
 
 from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan, own_steps
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -75,6 +75,7 @@ class _OwnDownParams(ctypes.Structure):
         ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),
         ("b_scale", _P), ("out", _P), ("claimed", _P), ("factor", _F), ("tokens", _I),
         ("top_k", _I), ("lists", _I), ("list_tokens", _I), ("experts", _I),
+        ("max_steps", _I),
     )  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def launches_prefill(
         own_parameters = _OwnDownParams(
             w2, at["q"], at["own columns"], at["own first"], at["own twice"], q_scale,
             out.data_ptr(), claimed + 4, factor, tokens, top_k, plan.down.count,
-            plan.down.tokens, layer.experts,
+            plan.down.tokens, layer.experts, own_steps(layer, dict(down.kernel.defines)["W4_CLUSTER"], down.tokens),
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(

@@ -137,6 +137,11 @@ def _own_cluster(lists: int) -> int:
     return next(size for size in OWN_CLUSTERS if lists >= size)
 
 
+def own_steps(layer: Layer, cluster: int, columns: int) -> int:
+    """Most steps of a job: an expert has as many as the fullest of ``cluster`` lists needs."""
+    return layer.experts + cluster * -(-SORT_PAIRS // columns)
+
+
 def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
     """The launch whose CTAs own outputs, and the tokens of a list; None where K is too long."""
     shape, group = layer.down, layer.inner_group
@@ -155,7 +160,7 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
         ALIGNMENT
         + 256
         + (most + 1) * ROW_TILE * 4
-        + 2 * (layer.experts + 1) * 8
+        + 2 * own_steps(layer, cluster, columns) * 4
         + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
         + 1024
     )
@@ -181,7 +186,7 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
     )
     shared = fixed - 1024 + slots * (stage + BARRIER_BYTES + token_slot)
     grid = sms // cluster * cluster
-    threads = (OWN_WARPGROUPS + 1) * 128
+    threads = (OWN_WARPGROUPS + 2) * 128
     return Launch(kernel, (grid, 1), threads, shared, slots, columns), size
 
 
