@@ -228,7 +228,8 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       produce_tokens(p, s, warp - 2);
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 104 : 144));
+    // What the launch gave and producers gave back: 640 threads of 96, or 768 of 80.
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
                  thread & 31};
