@@ -1,6 +1,6 @@
 // What feeds prefill_own_down.cu: jobs, their experts, weights and tokens.
 #pragma once
-#include "mma.cuh"
+#include "mma_wide.cuh"
 
 constexpr int kK = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kCluster = W4_CLUSTER;
 constexpr int kWgs = W4_WGS, kColumns = W4_TOKENS, kMostTokens = W4_MOST_TOKENS;
@@ -17,7 +17,9 @@ constexpr int kMaxExperts = 512;  // as in prefill_route.cu
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
 constexpr int kTokenBytes = kColumns * kK;
-static_assert(kColumns % 8 == 0 && kColumns <= 32 && kK % kGroup == 0, "");
+// What columns are is needed longer than the tokens themselves.
+constexpr u32 kMetaSlots = 2 * kTokenSlots;
+static_assert(kColumns % 8 == 0 && kColumns <= 48 && kK % kGroup == 0, "");
 // A warpgroup that waits for a slot has done the step kWgs before, and so have the others all steps
 // before that: no wait lags two phases behind.
 static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
@@ -39,12 +41,14 @@ struct PrefillOwnParams {
   const u8* b;            // (M * top_k, K) E4M3
   const Column* columns;  // (lists, list_tokens * top_k)
   const int* first;       // (lists, kMaxExperts + 1) where an expert's columns begin
-  const int* twice;       // (lists) whether a token may name an expert twice
+  const int* twice;       // (lists * parts) whether a token names an expert twice
+  const float* sizes;     // (M, top_k) absolute weights
+  const float* largest;   // (E) largest scale
   const float* b_scale;   // static: (1); dynamic: (M * top_k)
   u16* out;               // (M, rows) bfloat16
   u32* claimed;           // zero before
   float factor;
-  int tokens, top_k, lists, list_tokens, experts, max_steps;
+  int tokens, top_k, lists, list_tokens, parts, experts, max_steps;
 };
 
 // An expert and at most kColumns of its columns in this CTA's list, perhaps none.
@@ -66,17 +70,18 @@ __shared__ u32 numbers[2];  // of jobs, as the first CTA of the cluster has clai
 
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-__device__ __forceinline__ float2 lds_float2(u32 address) {
-  const uint2 v = lds64(address);
-  return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
-}
-__device__ __forceinline__ void sts_float2(u32 address, float2 v) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+// What the sums of a token are multiplied by while they are in FP16: 2^(exponent - 127).
+__device__ __forceinline__ float scaling(u32 exponent) { return __uint_as_float(exponent << 23); }
+__device__ __forceinline__ float scaling_back(u32 exponent) { return scaling(254 - exponent); }
+__device__ __forceinline__ u32 load_exponent(u32 address) {
+  u32 v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
 }
 
 // Where the 64 sums of token t are. The four tokens that a warp adds to at once spread over the
 // banks as far as their numbers differ: a sum's byte is XORed with the low bits of t.
-__device__ __forceinline__ u32 sum_offset(u32 t) { return t * 256 + ((t & 3) << 5); }
+__device__ __forceinline__ u32 sum_offset(u32 t) { return t * 128 + ((t & 3) << 5); }
 
 // Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.
 __device__ __forceinline__ u64 panel_descriptor(u32 address) {
@@ -90,7 +95,7 @@ __device__ __forceinline__ constexpr u64 column_step(int j) {
 
 // Shared memory: slots of tokens, sums, slots of weights, what columns are, steps of two jobs, barriers.
 struct Shared {
-  u32 token_slots, sums, weight_slots, metas, bars;
+  u32 token_slots, sums, weight_slots, metas, exponent_tables, bars;
   Step* step_tables;
   int max_steps;
 
@@ -98,10 +103,11 @@ struct Shared {
     Shared s;
     const u32 begin = smem_address(shared);
     s.token_slots = (begin + 1023) & ~1023u;
-    s.sums = (s.token_slots + kTokenSlots * kTokenBytes + 255) & ~255u;
-    s.weight_slots = s.sums + (kMostTokens + 1) * 256;
+    s.sums = (s.token_slots + kTokenSlots * kTokenBytes + 127) & ~127u;
+    s.weight_slots = s.sums + (kMostTokens + 1) * 128;
     s.metas = s.weight_slots + kWeightSlots * kStageBytes;
-    const u32 tables = s.metas + kTokenSlots * kColumns * 8;
+    s.exponent_tables = s.metas + kMetaSlots * kColumns * 8;
+    const u32 tables = s.exponent_tables + 2 * kMostTokens;
     s.max_steps = max_steps;
     s.step_tables = reinterpret_cast<Step*>(shared + (tables - begin));
     s.bars = tables + 2 * max_steps * sizeof(Step);
@@ -110,6 +116,9 @@ struct Shared {
   __device__ __forceinline__ u32 tokens(u32 i) const { return token_slots + i * kTokenBytes; }
   __device__ __forceinline__ u32 weights(u32 i) const { return weight_slots + i * kStageBytes; }
   __device__ __forceinline__ u32 meta(u32 i) const { return metas + i * (kColumns * 8); }
+  __device__ __forceinline__ u32 exponents(int i) const {
+    return exponent_tables + i * kMostTokens;
+  }
   __device__ __forceinline__ Step* steps(int i) const { return step_tables + i * max_steps; }
   __device__ __forceinline__ static Job* job(int i) { return &jobs[i]; }
 
@@ -189,10 +198,39 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
   }
 }
 
+// One warp: the powers of two that keep sums of a list's tokens below 2^15. FP16 has 30 of them, so it
+// matters little that the bound is far above what sums are: 12 remain below a usual one's last bit.
+__device__ __forceinline__ void describe_sums(const PrefillOwnParams& p, int list, float bound,
+                                              u32 exponents) {
+  const int first = list * p.list_tokens, count = min(p.list_tokens, p.tokens - first);
+  const float b_scale = kDynamic ? 1.0f : *p.b_scale;
+#pragma unroll 4
+  for (int t = threadIdx.x & 31; t < count; t += 32) {
+    const u64 pair = static_cast<u64>(first + t) * p.top_k;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int k = 0; k < p.top_k; ++k) {
+      const float size = p.sizes[pair + k];
+      if (size > 0.0f) sum += kDynamic ? size * p.b_scale[pair + k] : size;
+    }
+    // sum * bound < 2^(e - 126)
+    const int e = static_cast<int>(__float_as_uint(sum * bound * b_scale) >> 23 & 255);
+    const int exponent = min(max(127 + 15 - (e - 126), 27), 227);
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(exponents + t), "r"(exponent) : "memory");
+  }
+}
+
 // One warp: which experts a job needs. Those of all lists of the cluster, as weights come to all.
 __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
   const int lane = threadIdx.x & 31;
   const u32 groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
+  float largest = 0.0f;
+  for (int e = lane; e < p.experts; e += 32) largest = fmaxf(largest, p.largest[e]);
+  for (int d = 16; d; d >>= 1) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+  }
+  // Of a result before its weight and the scale of its tokens: |q| <= 448, codes up to 8.
+  const float bound = largest * (kFp8Max * 8.0f * kK);
   for (int n = 0;; ++n) {
     const u32 number = next_number(p, s, rank, n);
     barrier_wait(s.table_empty(n & 1), (n >> 1 & 1) ^ 1);
@@ -227,7 +265,11 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
         count += __shfl_sync(0xffffffffu, before, 31);
       }
       job.steps = count;
-      job.twice = list < p.lists ? p.twice[list] : 0;
+      for (int i = 0; list < p.lists && i < p.parts; ++i) {
+        const int part = list * p.parts + i;  // the last list may have fewer
+        if (part * (p.list_tokens / p.parts) < p.tokens) job.twice |= p.twice[part];
+      }
+      describe_sums(p, list, bound, s.exponents(n & 1));
     }
     if (lane == 0) jobs[n & 1] = job;
     __syncwarp();
@@ -276,7 +318,8 @@ struct Coming {
   u32 number;  // of the step, over all jobs
   int here;    // columns; -1 after the last step
   int base;    // first pair of the list
-  Column column;
+  u32 exponents;
+  Column column[2];  // the second is 32 further on
 };
 
 // kTokenWarps warps take steps in turn: rows of the tokens, swizzled; where each column's sums are, and
@@ -284,7 +327,6 @@ struct Coming {
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
                                                int part) {
   constexpr int kPieces = kPanel / 16, kRowsAtOnce = 32 / kPieces;
-  constexpr int kRounds = kColumns / kRowsAtOnce;
   const int lane = threadIdx.x & 31, piece = lane % kPieces, row = lane / kPieces;
   // Rows of a round are kRowsAtOnce further on, which the swizzle sees as a bit or not at all.
   auto swizzled = [&](int r) {
@@ -299,7 +341,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
   int n = -1, own = part;
   u32 base = 0;
   auto fetch = [&] {
-    Coming coming{0, -1, 0, {0, 0.0f}};
+    Coming coming{0, -1, 0, 0, {{0, 0.0f}, {0, 0.0f}}};
     while (own >= job.steps) {
       own -= job.steps, base += job.steps;
       __syncwarp();
@@ -312,44 +354,58 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     const Step step = s.steps(n & 1)[own];
     coming.number = base + own, coming.here = step.count(), coming.base = job.list * list_pairs;
     own += kTokenWarps;
-    if (lane < coming.here) coming.column = p.columns[coming.base + step.first() + lane];
+    coming.exponents = s.exponents(n & 1);
+    const Column* from = p.columns + coming.base + step.first() + lane;
+    if (lane < coming.here) coming.column[0] = from[0];
+    if (kColumns > 32 && lane + 32 < coming.here) coming.column[1] = from[32];
     return coming;
   };
   Coming now = fetch();
   while (now.here >= 0) {
     const Coming then = fetch();
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
-    u32 at = s.sums + kMostTokens * 256;
-    float weight = 0.0f;
-    if (lane < now.here) {
-      const u32 local = now.column.pair - now.base;
-      at = s.sums + sum_offset(p.top_k == 1 ? local : __umulhi(local, inverse_top_k));
-      weight = now.column.weight * (kDynamic ? p.b_scale[now.column.pair] * 512.0f : b_scale);
-    }
-    int pairs[kRounds];
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      pairs[i] = __shfl_sync(0xffffffffu, now.column.pair, i * kRowsAtOnce + row);
-    }
     barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
     const u32 to = s.tokens(slot) + to_lane;
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if (i * kRowsAtOnce + row < now.here) {
-        const u8* from = b + static_cast<u64>(static_cast<u32>(pairs[i])) * kK;
+    for (int half = 0; half < kColumns; half += 32) {
+      constexpr int kHalf = 32 / kRowsAtOnce;
+      u32 pairs[kHalf];
 #pragma unroll
-        for (int panel = 0; panel < kK / kPanel; ++panel) {
-          async_copy16(to + i * kRowsAtOnce * kPanel + panel * (kColumns * kPanel) +
-                           swizzled(i * kRowsAtOnce),
-                       from + panel * kPanel);
+      for (int i = 0; i < kHalf; ++i) {
+        pairs[i] = __shfl_sync(0xffffffffu, now.column[half / 32].pair, i * kRowsAtOnce + row);
+      }
+#pragma unroll
+      for (int i = 0; i < kHalf && half + i * kRowsAtOnce < kColumns; ++i) {
+        const int r = half + i * kRowsAtOnce;
+        if (r + row < now.here) {
+          const u8* from = b + static_cast<u64>(pairs[i]) * kK;
+#pragma unroll
+          for (int panel = 0; panel < kK / kPanel; ++panel) {
+            async_copy16(to + r * kPanel + panel * (kColumns * kPanel) + swizzled(r),
+                         from + panel * kPanel);
+          }
         }
       }
     }
     async_copy_arrive(full);
-    if (lane < kColumns) {
-      asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(s.meta(slot) + lane * 8), "r"(at),
-                   "f"(weight)
-                   : "memory");
+#pragma unroll
+    for (int i = 0; i < (kColumns + 31) / 32; ++i) {
+      const Column& column = now.column[i];
+      u32 at = s.sums + kMostTokens * 128;
+      float weight = 0.0f;
+      if (lane + i * 32 < now.here) {
+        const u32 local = column.pair - now.base;
+        const u32 t = p.top_k == 1 ? local : __umulhi(local, inverse_top_k);
+        at = s.sums + sum_offset(t);
+        weight = column.weight * (kDynamic ? p.b_scale[column.pair] * 512.0f : b_scale) *
+                 scaling(load_exponent(now.exponents + t));
+      }
+      if (lane + i * 32 < kColumns) {
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
+                         s.meta(now.number % kMetaSlots) + (lane + i * 32) * 8),
+                     "r"(at), "f"(weight)
+                     : "memory");
+      }
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(full);

@@ -3,8 +3,9 @@
 //
 // A CTA owns 64 outputs of one list of at most W4_MOST_TOKENS tokens at a time. It goes through the
 // experts in order, reads those 64 rows of each, and adds every pair's result, times its combine weight,
-// to its token's sum in shared memory, in FP32: nothing but the output is written to memory, and results
-// do not depend on timing. Weights would be read once for every list, so W4_CLUSTER CTAs with
+// to its token's sum in shared memory: nothing but the output is written to memory, and results do not
+// depend on timing. Sums are FP16, so that there is room for many tokens, times a power of two for each
+// token which keeps them finite whatever the input (describe_sums). Weights would be read once for every list, so W4_CLUSTER CTAs with
 // different lists and the same rows form a cluster and a stage of weights is sent to all of them.
 //
 // Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
@@ -21,11 +22,14 @@ struct OwnBody {
 
   template <int kN>
   __device__ __forceinline__ void run(const u32 (&a)[kK / 8], const u32 (&scales)[kGroups],
-                                      u32 slot, bool twice) {
+                                      u32 number, bool twice) {
     float v[kN / 2];
-    multiply<kN>(v, a, scales, s.tokens(slot));
-    wait_turn();
-    add<kN>(v, s.meta(slot), twice);
+    multiply<kN>(v, a, scales, s.tokens(number % kTokenSlots));
+    // Tokens may be overwritten. What columns are is not before kTokenSlots further steps, and
+    // those wait for this one's turn to pass.
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
+    add<kN>(v, s.meta(number % kMetaSlots), twice);
   }
 
   template <int kN>
@@ -63,29 +67,27 @@ struct OwnBody {
     }
   }
 
-  // To the sums of the tokens. Columns without a pair have a row of their own that nobody reads.
+  // To the sums of the tokens. Columns without a pair have a row of their own that nobody reads. As
+  // little as can be is done while it is this warpgroup's turn.
   template <int kN>
   __device__ __forceinline__ void add(const float (&v)[kN / 2], u32 meta, bool twice) {
     const int g = lane >> 2, q = lane & 3;
-    const u32 mine = warp * 64 + g * 8;
-    u32 at[kN / 4];
-    float weight[kN / 4];
+    const u32 mine = warp * 32 + g * 4;
+    u32 at[kN / 4], more[kN / 4];
 #pragma unroll
     for (int b = 0; b < kN / 8; ++b) {
       const uint4 m = lds128(meta + b * 64 + q * 16);
-      at[2 * b] = m.x ^ mine, weight[2 * b] = __uint_as_float(m.y);
-      at[2 * b + 1] = m.z ^ mine, weight[2 * b + 1] = __uint_as_float(m.w);
+      const float w0 = __uint_as_float(m.y), w1 = __uint_as_float(m.w);
+      at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b] * w0, v[4 * b + 2] * w0);
+      at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
     }
-    auto added = [&](int c, float2 old) {
-      const int i = (c >> 1) * 4 + (c & 1);
-      return make_float2(old.x + v[i] * weight[c], old.y + v[i + 2] * weight[c]);
-    };
+    wait_turn();
     if (!twice) {
-      float2 old[kN / 4];
+      u32 old[kN / 4];
 #pragma unroll
-      for (int c = 0; c < kN / 4; ++c) old[c] = lds_float2(at[c]);
+      for (int c = 0; c < kN / 4; ++c) old[c] = lds32(at[c]);
 #pragma unroll
-      for (int c = 0; c < kN / 4; ++c) sts_float2(at[c], added(c, old[c]));
+      for (int c = 0; c < kN / 4; ++c) sts32(at[c], add_halves(old[c], more[c]));
       return;
     }
     // Two columns may be the same token: one after the other.
@@ -93,8 +95,8 @@ struct OwnBody {
     for (int b = 0; b < kN / 8; ++b) {
       for (int turn = 0; turn < 4; ++turn) {
         if (turn == q) {
-          sts_float2(at[2 * b], added(2 * b, lds_float2(at[2 * b])));
-          sts_float2(at[2 * b + 1], added(2 * b + 1, lds_float2(at[2 * b + 1])));
+          sts32(at[2 * b], add_halves(lds32(at[2 * b]), more[2 * b]));
+          sts32(at[2 * b + 1], add_halves(lds32(at[2 * b + 1]), more[2 * b + 1]));
         }
         __syncwarp();
       }
@@ -135,38 +137,40 @@ struct OwnBody {
     fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
     const int count = uniform(step.count());
     if (count == 0) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.tokens_empty(at));
       wait_turn();
     } else if (count <= 8) {
-      run<8>(a, scales, at, twice);
+      run<8>(a, scales, number, twice);
     } else if (count <= 16) {
-      run<16>(a, scales, at, twice);
+      run<16>(a, scales, number, twice);
     } else if (count <= 24) {
-      run<24>(a, scales, at, twice);
+      if constexpr (kColumns >= 24) run<24>(a, scales, number, twice);
+    } else if (count <= 32) {
+      if constexpr (kColumns >= 32) run<32>(a, scales, number, twice);
+    } else if (count <= 40) {
+      if constexpr (kColumns >= 40) run<40>(a, scales, number, twice);
     } else {
-      if constexpr (kColumns == 32) run<32>(a, scales, at, twice);
+      if constexpr (kColumns >= 48) run<48>(a, scales, number, twice);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(s.tokens_empty(at));
     pass_turn();
   }
 
   // The sums of a list's tokens to memory; they are zero after it.
-  __device__ __forceinline__ void finish(const Job& job) {
+  __device__ __forceinline__ void finish(const Job& job, u32 exponents) {
     const int tid = threadIdx.x;
     named_sync(1, kConsumers);
     const int first = job.list * p.list_tokens;
     const int count = max(0, min(p.list_tokens, p.tokens - first)) * 8;
+#pragma unroll 2
     for (int i = tid; i < count; i += kConsumers) {
       const int t = i >> 3, piece = i & 7;
-      const u32 at = s.sums + sum_offset(t) ^ (piece * 32);
-      const uint4 low = lds128(at), high = lds128(at + 16);
+      const u32 at = (s.sums + sum_offset(t)) ^ (piece * 16);
+      const uint4 v = lds128(at);
       sts128(at, make_uint4(0, 0, 0, 0));
-      sts128(at + 16, make_uint4(0, 0, 0, 0));
-      auto two = [&](u32 a, u32 b) {
-        return pack_bf16(__uint_as_float(a) * p.factor, __uint_as_float(b) * p.factor);
-      };
-      const u32 r[4] = {two(low.x, low.y), two(low.z, low.w), two(high.x, high.y),
-                        two(high.z, high.w)};
+      const float by = p.factor * scaling_back(load_exponent(exponents + t));
+      auto two = [&](u32 halves) { return pack_bf16(half_low(halves) * by, half_high(halves) * by); };
+      const u32 r[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
       u16* out = p.out + static_cast<u64>(first + t) * p.weights.rows;
       if constexpr (kLayoutTiles == 1) {
         *reinterpret_cast<uint4*>(out + job.tile * 64 + piece * 8) =
@@ -184,7 +188,7 @@ struct OwnBody {
   }
 
   __device__ __forceinline__ void consume() {
-    for (u32 i = threadIdx.x; i < (kMostTokens + 1) * 16; i += kConsumers) {
+    for (u32 i = threadIdx.x; i < (kMostTokens + 1) * 8; i += kConsumers) {
       sts128(s.sums + i * 16, make_uint4(0, 0, 0, 0));
     }
     named_sync(1, kConsumers);
@@ -197,7 +201,7 @@ struct OwnBody {
       const Step* steps = s.steps(n & 1);
       for (; own < job.steps; own += kWgs) take(steps[own], number + own, job.twice != 0);
       own -= job.steps, number += job.steps;
-      finish(job);
+      finish(job, s.exponents(n & 1));
       __syncwarp();
       if (lane == 0) barrier_arrive(s.table_empty(n & 1));
     }
@@ -218,7 +222,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   pdl_trigger();
   const u32 rank = blockIdx.x % kCluster;
   if (threadIdx.x >= kConsumers) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
       describe_jobs(p, s, rank);

@@ -4,10 +4,11 @@
 // lists of different lengths. The first blocks sort: each counts its part of the pairs, publishes the
 // counts, waits for the others' and then knows where its pairs go in both kinds of list. The other
 // blocks quantise four rows of x each. Pairs of an expert are in no particular order: a pair's result
-// does not depend on its neighbours, and sums are taken in the order of k.
+// does not depend on its neighbours, and sums are taken in the order of k. prefill_own_down.cu takes
+// them in the order of experts: pairs keep theirs where a token names an expert twice.
 //
-// For prefill_own_down.cu every part is a list of its own. Its sums are taken in the order of experts, so
-// pairs keep their order where a token names an expert twice.
+// Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows how
+// large sums can become.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
@@ -26,7 +27,8 @@ struct Lists {
   Tile* tiles;   // (count, max_tiles)
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
-  int count, parts, max_tiles;  // a list has `parts` parts of part_pairs pairs, the last may have fewer
+  int* first;    // (count, kMaxExperts + 1) where an expert's columns begin: instead of tiles, or null
+  int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
 };
 
 // A pair in its list of prefill_own_down.cu.
@@ -35,12 +37,15 @@ struct Column {
   float weight;
 };
 
-struct OwnLists {
-  Column* columns;       // (parts, part_pairs), or null: no such lists
-  int* first;            // (parts, kMaxExperts + 1) where an expert's columns begin
-  int* twice;            // (parts) whether a token may name an expert twice
-  const float* weights;  // (M, top_k)
-  int top_k;
+// What prefill_own_down.cu wants, or columns null.
+struct Own {
+  Column* columns;        // as those of its lists
+  int* twice;             // (parts) whether a token names an expert twice
+  float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
+  float* largest;         // (E) the largest finite scale of w2, whatever its sign
+  const float* weights;   // (M, top_k)
+  const u16* w2_scale;    // (E, expert_scales) bfloat16
+  int expert_scales, top_k;
 };
 
 struct PrefillRouteParams {
@@ -49,8 +54,8 @@ struct PrefillRouteParams {
   u8* xq;                // (M, hidden) E4M3
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  Lists up, down;        // down.count is 0 where both kernels use the same lists, or own is used
-  OwnLists own;
+  Lists up, down;        // down.count is 0 where both kernels use the same lists
+  Own own;
   u32* counts;           // (sorters, kMaxExperts)
   u32* arrived;          // sorters that have published, zero before; the next kernel makes it zero again
   int* place;            // (pairs) a pair's place in its list of down, or -1
@@ -91,7 +96,11 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   __syncthreads();
   int first = pair_sum - tokens, tile = tile_sum - tiles;
   for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
-  if (part == first_part) {
+  if (part == first_part && lists.first != nullptr) {
+    int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
+    out[tid] = first;
+    if (tid == kThreads - 1) out[kMaxExperts] = first + tokens;
+  } else if (part == first_part) {
     if (tid == kThreads - 1) lists.header[list] = tile + tiles;
     Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
     for (int i = 0; i < tiles; ++i) {
@@ -101,36 +110,8 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   return first + before;
 }
 
-// The sum over the threads before this one, of kThreads values.
-__device__ int sum_before(int value, int* sums) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  int sum = value;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, sum, d);
-    if (lane >= d) sum += other;
-  }
-  __syncthreads();
-  if (lane == 31) sums[warp] = sum;
-  __syncthreads();
-  int before = sum - value;
-  for (int w = 0; w < warp; ++w) before += sums[w];
-  return before;
-}
-
-// Thread e of a part's block: where expert e's columns begin.
-__device__ int place_own(const PrefillRouteParams& p, int part, int tokens, bool twice, int* sums) {
-  const int first = sum_before(tokens, sums);
-  int* out = p.own.first + static_cast<u64>(part) * (kMaxExperts + 1);
-  out[threadIdx.x] = first;
-  if (threadIdx.x == kThreads - 1) {
-    out[kMaxExperts] = first + tokens;
-    p.own.twice[part] = twice;
-  }
-  return first;
-}
-
 // Whether a token of the block's part names an expert twice; the same for all threads.
-__device__ bool names_twice(const PrefillRouteParams& p, int begin, int end,
+__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
                             const int (&expert)[kMine]) {
   bool twice = false;
   for (int i = 0; i < kMine; ++i) {
@@ -140,7 +121,9 @@ __device__ bool names_twice(const PrefillRouteParams& p, int begin, int end,
       twice |= expert_of(p, other) == expert[i];
     }
   }
-  return __syncthreads_or(twice) != 0;
+  twice = __syncthreads_or(twice) != 0;
+  if (threadIdx.x == 0) p.own.twice[part] = twice;
+  return twice;
 }
 
 // Ranks in the order of pairs: a warp after the other, as this is rare.
@@ -154,7 +137,7 @@ __device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], in
         const int e = max(expert[i], 0), before = counts[e];
         rank[i] = before + __popc(same & ((1u << lane) - 1));
         __syncwarp();
-        if (expert[i] >= 0 && (same >> lane) == 1) counts[e] = rank[i] + 1;
+        if (expert[i] >= 0 && same >> lane == 1) counts[e] = rank[i] + 1;
       }
       __syncthreads();
     }
@@ -174,13 +157,11 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   counts[tid] = 0;
   __syncthreads();
   const bool own = p.own.columns != nullptr;
-  bool twice = false;
-  if (own) twice = names_twice(p, begin, end, expert);
-  if (!twice) {
+  if (own && names_twice(p, part, begin, end, expert)) {
+    rank_in_order(expert, rank, counts);
+  } else {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
-  } else {
-    rank_in_order(expert, rank, counts);
   }
   __syncthreads();
   __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
@@ -199,10 +180,10 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   const bool several = p.down.count > 0;
   up_first[tid] = place_part(p, p.up, part, sums);
   if (several) down_first[tid] = place_part(p, p.down, part, sums);
-  if (own) down_first[tid] = place_own(p, part, counts[tid], twice, sums);
   __syncthreads();
-  int* up = p.up.columns + part / p.up.parts * p.up.parts * p.part_pairs;
-  int* down = several ? p.down.columns + part / p.down.parts * p.down.parts * p.part_pairs : nullptr;
+  const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
+  const u64 down =
+      several ? static_cast<u64>(part / p.down.parts) * p.down.parts * p.part_pairs : 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + tid, e = expert[i];
@@ -210,13 +191,17 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
     int at = -1;
     if (e >= 0) {
       at = up_first[e] + rank[i];
-      up[at] = pair;
-      if (several) at = down_first[e] + rank[i], down[at] = pair;
-      if (own) {
-        p.own.columns[begin + down_first[e] + rank[i]] = Column{pair, p.own.weights[pair]};
-      }
+      p.up.columns[up + at] = pair;
+      if (several) at = down_first[e] + rank[i];
+      if (several && !own) p.down.columns[down + at] = pair;
     }
-    if (!own) p.place[pair] = at;
+    if (own) {
+      const float weight = p.own.weights[pair];
+      p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
+      if (e >= 0) p.own.columns[down + at] = Column{pair, weight};
+    } else {
+      p.place[pair] = at;
+    }
   }
 }
 
@@ -266,6 +251,29 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
   }
 }
 
+__device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
+  const u16* scales = p.own.w2_scale + static_cast<u64>(expert) * p.own.expert_scales;
+  const int tid = threadIdx.x;
+  u32 largest = 0;  // without signs the order of bits is that of numbers
+  auto see = [&](u32 bits) {
+    if (bits < 0x7f800000u) largest = max(largest, bits);
+  };
+#pragma unroll 4
+  for (int i = tid * 8; i < p.own.expert_scales; i += kThreads * 8) {
+    const uint4 v = *reinterpret_cast<const uint4*>(scales + i);
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) see(w[j] << 16 & 0x7fffffffu), see(w[j] & 0x7fff0000u);
+  }
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if ((tid & 31) == 0) warps[tid >> 5] = largest;
+  __syncthreads();
+  if (tid == 0) {
+    for (int w = 0; w < kWarps; ++w) largest = max(largest, warps[w]);
+    p.own.largest[expert] = __uint_as_float(largest);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
   __shared__ int counts[kMaxExperts], up_first[kMaxExperts], down_first[kMaxExperts];
@@ -276,9 +284,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   if (block == 0) {
     for (int i = threadIdx.x; i < p.zero_count; i += kThreads) p.zeros[i] = 0;
   }
+  const int quantizers = (p.tokens + kRows - 1) / kRows;
   if (block < p.sorters) {
     sort_part(p, block, counts, sums, up_first, down_first);
-  } else {
+  } else if (block < p.sorters + quantizers) {
     quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
+  } else {
+    find_largest(p, block - p.sorters - quantizers, reinterpret_cast<u32*>(sums));
   }
 }

@@ -193,11 +193,33 @@ __device__ __forceinline__ u32 lds32(u32 address) {
   return v;
 }
 
+__device__ __forceinline__ void sts32(u32 address, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 // ---- numbers ------------------------------------------------------------------------------------
 __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(u32 pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+  u32 r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ float half_low(u32 pair) {
+  float r;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}"
+      : "=f"(r)
+      : "r"(pair));
+  return r;
+}
+__device__ __forceinline__ float half_high(u32 pair) { return half_low(pair >> 16); }
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

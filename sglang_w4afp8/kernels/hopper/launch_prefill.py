@@ -23,15 +23,18 @@ class _Lists(ctypes.Structure):
     """``Lists`` in prefill_route.cu."""
 
     _fields_ = (
-        ("tiles", _P), ("header", _P), ("columns", _P), ("count", _I), ("parts", _I),
-        ("max_tiles", _I),
+        ("tiles", _P), ("header", _P), ("columns", _P), ("first", _P), ("count", _I),
+        ("parts", _I), ("max_tiles", _I),
     )  # fmt: skip
 
 
-class _OwnLists(ctypes.Structure):
-    """``OwnLists`` in prefill_route.cu."""
+class _Own(ctypes.Structure):
+    """``Own`` in prefill_route.cu."""
 
-    _fields_ = (("columns", _P), ("first", _P), ("twice", _P), ("weights", _P), ("top_k", _I))
+    _fields_ = (
+        ("columns", _P), ("twice", _P), ("sizes", _P), ("largest", _P), ("weights", _P),
+        ("w2_scale", _P), ("expert_scales", _I), ("top_k", _I),
+    )  # fmt: skip
 
 
 class _RouteParams(ctypes.Structure):
@@ -39,7 +42,7 @@ class _RouteParams(ctypes.Structure):
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("up", _Lists),
-        ("down", _Lists), ("own", _OwnLists), ("counts", _P), ("arrived", _P), ("place", _P), ("zeros", _P),
+        ("down", _Lists), ("own", _Own), ("counts", _P), ("arrived", _P), ("place", _P), ("zeros", _P),
         ("tokens", _I), ("pairs", _I), ("hidden", _I), ("experts", _I), ("zero_count", _I),
         ("ids_are_64", _I), ("sorters", _I), ("part_pairs", _I),
     )  # fmt: skip
@@ -73,9 +76,9 @@ class _OwnDownParams(ctypes.Structure):
 
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),
-        ("b_scale", _P), ("out", _P), ("claimed", _P), ("factor", _F), ("tokens", _I),
-        ("top_k", _I), ("lists", _I), ("list_tokens", _I), ("experts", _I),
-        ("max_steps", _I),
+        ("sizes", _P), ("largest", _P), ("b_scale", _P), ("out", _P), ("claimed", _P),
+        ("factor", _F), ("tokens", _I), ("top_k", _I), ("lists", _I), ("list_tokens", _I),
+        ("parts", _I), ("experts", _I), ("max_steps", _I),
     )  # fmt: skip
 
 
@@ -102,8 +105,10 @@ def launches_prefill(
             "counts": plan.sorters * MAX_EXPERTS * 4,
             "place": 0 if own else pairs * 4,
             "own columns": pairs * 8 if own else 0,
-            "own first": plan.sorters * (MAX_EXPERTS + 1) * 4 if own else 0,
+            "own first": plan.down.count * (MAX_EXPERTS + 1) * 4 if own else 0,
             "own twice": plan.sorters * 4 if own else 0,
+            "own sizes": pairs * 4 if own else 0,
+            "own largest": layer.experts * 4 if own else 0,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
             "q": pairs * layer.inner,
@@ -119,17 +124,20 @@ def launches_prefill(
 
     def described(name: str) -> _Lists:
         part = lists[name]
-        parts = -(-part.tokens * top_k // plan.part_pairs)
-        return _Lists(*addresses(name), part.count, parts, part.max_tiles)
+        return _Lists(*addresses(name), None, part.count, part.parts, part.max_tiles)
 
     claimed, arrived = at["zeros"], t.counters.data_ptr()
-    own_lists = _OwnLists(
-        at["own columns"], at["own first"], at["own twice"], t.topk_weights.data_ptr(), top_k
-    )
+    down_lists, for_own = _Lists() if shared else described("down"), _Own()
+    if own:
+        down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
+        for_own = _Own(
+            at["own columns"], at["own twice"], at["own sizes"], at["own largest"],
+            t.topk_weights.data_ptr(), t.w2_scale.data_ptr(), t.w2_scale[0].numel(), top_k,
+        )  # fmt: skip
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
-        pointer(t.w13_input_scale), described("up"), _Lists() if shared else described("down"),
-        own_lists if own else _OwnLists(), at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
+        pointer(t.w13_input_scale), described("up"), down_lists, for_own,
+        at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
         zeros, int(t.topk_ids.dtype == torch.int64), plan.sorters,
         plan.part_pairs,
     )  # fmt: skip
@@ -144,10 +152,12 @@ def launches_prefill(
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
     if own:
+        chosen = dict(down.kernel.defines)
+        steps = own_steps(layer, chosen["W4_MOST_TOKENS"], chosen["W4_CLUSTER"], down.tokens)
         own_parameters = _OwnDownParams(
-            w2, at["q"], at["own columns"], at["own first"], at["own twice"], q_scale,
-            out.data_ptr(), claimed + 4, factor, tokens, top_k, plan.down.count,
-            plan.down.tokens, layer.experts, own_steps(layer, dict(down.kernel.defines)["W4_CLUSTER"], down.tokens),
+            w2, at["q"], at["own columns"], at["own first"], at["own twice"], at["own sizes"],
+            at["own largest"], q_scale, out.data_ptr(), claimed + 4, factor, tokens, top_k,
+            plan.down.count, plan.down.tokens, plan.down.parts, layer.experts, steps,
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(

@@ -42,8 +42,12 @@ UP_LIST_PAIRS = 131_072
 MAX_SLICE_BLOCKS = 8
 OWN_MOST_K = 256
 """Longest K for which CTAs own outputs: what they read grows with it."""
-OWN_TOKENS = 512
-"""Most tokens whose sums a CTA has, 128 KB."""
+OWN_TOKENS = 1024
+"""Most tokens whose sums a CTA has, 128 KB of FP16."""
+OWN_USUAL_COLUMNS = 32
+"""Tokens of a list that an expert should have: the more, the less is decoding weights for each."""
+OWN_MOST_COLUMNS = 48
+"""Of a step; an expert with more tokens in a list takes several."""
 OWN_CLUSTERS = (4, 2, 1)
 """CTAs that share weights, where there are as many lists."""
 OWN_WARPGROUPS = 3
@@ -59,27 +63,31 @@ class Lists:
         count: how many.
         tokens: of a list; the last may have fewer.
         max_tiles: room for tiles in a list.
+        parts: CTAs of route that sort a list; the last list may need fewer.
     """
 
     count: int
     tokens: int
     max_tiles: int
+    parts: int
 
     @classmethod
-    def of(cls, layer: Layer, tokens: int, most_pairs: int, step: int = 0) -> Lists:
+    def of(cls, layer: Layer, tokens: int, most_pairs: int, part_tokens: int = 0) -> Lists:
         """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list.
 
         Args:
             layer: the sizes.
             tokens: M.
             most_pairs: of a list.
-            step: tokens that a list has a multiple of; 0: the fewest of which CTAs that sort
-                :data:`SORT_PAIRS` pairs each have a whole number.
+            part_tokens: that a CTA sorts; 0: as many as have :data:`SORT_PAIRS` pairs, if need be
+                with a token's pairs in two CTAs.
         """
-        step = step or SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+        step = part_tokens or SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+        part_pairs = part_tokens * layer.top_k or SORT_PAIRS
         size = min(tokens, max(step, most_pairs // layer.top_k // step * step))
         pairs = size * layer.top_k
-        return cls(-(-tokens // size), size, min(pairs, layer.experts + pairs // TILE_TOKENS))
+        tiles = min(pairs, layer.experts + pairs // TILE_TOKENS)
+        return cls(-(-tokens // size), size, tiles, -(-pairs // part_pairs))
 
 
 @dataclass(frozen=True)
@@ -137,34 +145,49 @@ def _own_cluster(lists: int) -> int:
     return next(size for size in OWN_CLUSTERS if lists >= size)
 
 
-def own_steps(layer: Layer, cluster: int, columns: int) -> int:
-    """Most steps of a job: an expert has as many as the fullest of ``cluster`` lists needs."""
-    return layer.experts + cluster * -(-SORT_PAIRS // columns)
+def own_steps(layer: Layer, most: int, cluster: int, columns: int) -> int:
+    """Most steps of a job: an expert has as many as the fullest of ``cluster`` lists needs.
+
+    Args:
+        layer: the sizes.
+        most: tokens of a list.
+        cluster: lists whose CTAs share weights.
+        columns: of a step.
+    """
+    return layer.experts + cluster * -(-most * layer.top_k // columns)
 
 
-def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
-    """The launch whose CTAs own outputs, and the tokens of a list; None where K is too long."""
+def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None:
+    """The launch whose CTAs own outputs, and its lists; None where K is too long."""
     shape, group = layer.down, layer.inner_group
-    most = min(OWN_TOKENS, SORT_PAIRS // layer.top_k // 8 * 8)
-    if shape.k > OWN_MOST_K or shape.stage_k != shape.k or most < 8:
+    # About OWN_USUAL_COLUMNS tokens of a list have an expert.
+    most = min(OWN_TOKENS, max(64, OWN_USUAL_COLUMNS * layer.experts // layer.top_k))
+    if shape.k > OWN_MOST_K or shape.stage_k != shape.k or layer.top_k * 8 > SORT_PAIRS:
         return None
     lists = -(-tokens // most)
     cluster = _own_cluster(lists)
     lists = -(-lists // cluster) * cluster
-    size = -(-tokens // (lists * 8)) * 8
+    size = -(-tokens // lists)
+    parts = -(-size * layer.top_k // SORT_PAIRS)
+    size = -(-size // (parts * 8)) * parts * 8
+    while size // parts * layer.top_k > SORT_PAIRS:
+        parts += 1
+        size = -(-size // (parts * 8)) * parts * 8
+    most = next(most for most in (256, 512, OWN_TOKENS) if most >= size)
     # A tile has as many columns as nearly every expert has tokens in a list.
     usual = size * layer.top_k / layer.experts
-    columns = min(32, max(16, -(-int(usual + 2 * usual**0.5) // 8) * 8))
+    columns = min(OWN_MOST_COLUMNS, max(16, -(-int(usual + 2.5 * usual**0.5) // 8) * 8))
     stage = shape.k * 32 + shape.k // group * 128
     fixed = (
         ALIGNMENT
         + 256
-        + (most + 1) * ROW_TILE * 4
-        + 2 * own_steps(layer, cluster, columns) * 4
+        + (most + 1) * ROW_TILE * 2
+        + 2 * most
+        + 2 * own_steps(layer, most, cluster, columns) * 4
         + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
         + 1024
     )
-    token_slot = columns * (shape.k + 8) + BARRIER_BYTES
+    token_slot = columns * (shape.k + 2 * 8) + BARRIER_BYTES
     slots = (CTA_SHARED_BYTES - fixed) // (stage + BARRIER_BYTES + token_slot)
     slots = min(slots, OWN_MOST_SLOTS)
     kernel = Kernel(
@@ -187,12 +210,15 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, int] | None:
     shared = fixed - 1024 + slots * (stage + BARRIER_BYTES + token_slot)
     grid = sms // cluster * cluster
     threads = (OWN_WARPGROUPS + 2) * 128
-    return Launch(kernel, (grid, 1), threads, shared, slots, columns), size
+    return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
+        -(-tokens // size), size, 0, parts
+    )
 
 
-def _route(tokens: int, sorters: int) -> Launch:
+def _route(tokens: int, sorters: int, experts: int) -> Launch:
+    """``experts``: whose scales are looked through, a CTA each."""
     kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
-    return Launch(kernel, (sorters + -(-tokens // ROUTE_ROWS), 1), ROUTE_THREADS)
+    return Launch(kernel, (sorters + -(-tokens // ROUTE_ROWS) + experts, 1), ROUTE_THREADS)
 
 
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
@@ -205,14 +231,19 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     """
     own = _own_down(layer, tokens, sms)
     if own is not None:
-        launch, size = own
-        sorters = -(-tokens // size)
+        launch, lists = own
+        part_tokens = lists.tokens // lists.parts
+        sorters = -(-tokens // part_tokens)
         return PrefillPlan(
-            launches=(_route(tokens, sorters), _matrix(layer, sms, True), launch),
+            launches=(
+                _route(tokens, sorters, layer.experts),
+                _matrix(layer, sms, True),
+                launch,
+            ),
             sorters=sorters,
-            part_pairs=size * layer.top_k,
-            up=Lists.of(layer, tokens, UP_LIST_PAIRS, size),
-            down=Lists(sorters, size, 0),
+            part_pairs=part_tokens * layer.top_k,
+            up=Lists.of(layer, tokens, UP_LIST_PAIRS, part_tokens),
+            down=lists,
             slices=0,
             slice_blocks=0,
         )
@@ -223,7 +254,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     sorters = -(-tokens * layer.top_k // SORT_PAIRS)
     return PrefillPlan(
         launches=(
-            _route(tokens, sorters),
+            _route(tokens, sorters, 0),
             _matrix(layer, sms, True),
             _matrix(layer, sms, False),
         ),
