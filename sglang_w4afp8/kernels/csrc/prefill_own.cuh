@@ -12,7 +12,7 @@ constexpr int kTileScaleBytes = kGroups * 128;
 constexpr int kStageBytes = kTileBytes + kTileScaleBytes;
 constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 256;
-constexpr int kTokenWarps = 6;
+constexpr int kTokenWarps = W4_TOKEN_WARPS;
 constexpr int kMaxExperts = 512;  // as in prefill_route.cu
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
@@ -23,6 +23,8 @@ static_assert(kColumns % 8 == 0 && kColumns <= 48 && kK % kGroup == 0, "");
 // A warpgroup that waits for a slot has done the step kWgs before, and so have the others all steps
 // before that: no wait lags two phases behind.
 static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
+// Nor does one of the warp that fills a slot: it is the same warp every time.
+static_assert(kTokenWarps <= 6 && kTokenSlots % kTokenWarps == 0, "");
 
 struct Weights {
   const u8* w;       // (E, rows, K / 2) in stage order

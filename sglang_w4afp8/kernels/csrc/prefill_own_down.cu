@@ -228,7 +228,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       describe_jobs(p, s, rank);
     } else if (warp == 1) {
       produce_weights(p, s, rank);
-    } else {
+    } else if (warp < 2 + kTokenWarps) {
       produce_tokens(p, s, warp - 2);
     }
   } else {

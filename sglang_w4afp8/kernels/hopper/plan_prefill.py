@@ -52,6 +52,8 @@ OWN_CLUSTERS = (4, 2, 1)
 """CTAs that share weights, where there are as many lists."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
+OWN_TOKEN_SLOTS = ((12, 6), (10, 5), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
+"""Slots for tokens, and the warps that fill them: a slot has always the same one."""
 MAX_RING = 8
 
 
@@ -188,8 +190,10 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
         + 1024
     )
     token_slot = columns * (shape.k + 2 * 8) + BARRIER_BYTES
-    slots = (CTA_SHARED_BYTES - fixed) // (stage + BARRIER_BYTES + token_slot)
-    slots = min(slots, OWN_MOST_SLOTS)
+    room = CTA_SHARED_BYTES - fixed
+    slots = room // (stage + BARRIER_BYTES + token_slot)
+    token_slots, token_warps = next(pair for pair in OWN_TOKEN_SLOTS if pair[0] <= slots)
+    slots = min((room - token_slots * token_slot) // (stage + BARRIER_BYTES), OWN_MOST_SLOTS)
     kernel = Kernel(
         "prefill_own_down.cu",
         "w4a8_prefill_own_down",
@@ -204,10 +208,11 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
             ("W4_TOKENS", columns),
             ("W4_MOST_TOKENS", most),
             ("W4_WEIGHT_SLOTS", slots),
-            ("W4_TOKEN_SLOTS", slots),
+            ("W4_TOKEN_SLOTS", token_slots),
+            ("W4_TOKEN_WARPS", token_warps),
         ),
     )
-    shared = fixed - 1024 + slots * (stage + BARRIER_BYTES + token_slot)
+    shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
     grid = sms // cluster * cluster
     threads = (OWN_WARPGROUPS + 2) * 128
     return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
