@@ -324,21 +324,36 @@ struct Coming {
   Column column[2];  // the second is 32 further on
 };
 
+// A value that the compiler keeps, and does not work out anew each time, which takes longer.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
+}
+
 // kTokenWarps warps take steps in turn: rows of the tokens, swizzled; where each column's sums are, and
 // its weight.
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
                                                int part) {
   constexpr int kPieces = kPanel / 16, kRowsAtOnce = 32 / kPieces;
-  const int lane = threadIdx.x & 31, piece = lane % kPieces, row = lane / kPieces;
-  // Rows of a round are kRowsAtOnce further on, which the swizzle sees as a bit or not at all.
-  auto swizzled = [&](int r) {
-    return (piece ^ (kPanel == 128 ? (r + row) % 8 : (r + row) / 2 % 4)) * 16;
-  };
-  const u32 to_lane = row * kPanel;
+  const int lane = kept(threadIdx.x & 31), row = lane / kPieces, piece = lane % kPieces;
+  // A round's rows are kRowsAtOnce after those of the one before: of the swizzle's period, half or all.
+  constexpr int kPeriod = kPanel == 128 ? 8 / kRowsAtOnce : 1;
+  u32 to_lane[kPeriod];
+#pragma unroll
+  for (int i = 0; i < kPeriod; ++i) {
+    const int r = i * kRowsAtOnce + row;
+    to_lane[i] = kept(s.token_slots + row * kPanel +
+                      (piece ^ (kPanel == 128 ? r % 8 : r / 2 % 4)) * 16);
+  }
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const u32 inverse_top_k = 0xffffffffu / p.top_k + 1;  // exact: a list has few pairs
   const int list_pairs = p.list_tokens * p.top_k;
-  const u8* b = p.b + piece * 16;
+  const u8* b = kept(p.b + piece * 16);
   Job job{0, 0, 0, 0};
   int n = -1, own = part;
   u32 base = 0;
@@ -367,7 +382,8 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     const Coming then = fetch();
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
     barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
-    const u32 to = s.tokens(slot) + to_lane;
+    const u32 to = slot * kTokenBytes;
+    const int rows = now.here - row;
 #pragma unroll
     for (int half = 0; half < kColumns; half += 32) {
       constexpr int kHalf = 32 / kRowsAtOnce;
@@ -379,11 +395,11 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
 #pragma unroll
       for (int i = 0; i < kHalf && half + i * kRowsAtOnce < kColumns; ++i) {
         const int r = half + i * kRowsAtOnce;
-        if (r + row < now.here) {
+        if (r < rows) {
           const u8* from = b + static_cast<u64>(pairs[i]) * kK;
 #pragma unroll
           for (int panel = 0; panel < kK / kPanel; ++panel) {
-            async_copy16(to + r * kPanel + panel * (kColumns * kPanel) + swizzled(r),
+            async_copy16(to_lane[i % kPeriod] + to + r * kPanel + panel * (kColumns * kPanel),
                          from + panel * kPanel);
           }
         }

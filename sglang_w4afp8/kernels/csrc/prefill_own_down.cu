@@ -19,22 +19,25 @@ struct OwnBody {
   u32 rank;
   int wg, warp, lane;  // warp: of the warpgroup
   u32 turns = 0;       // that this warpgroup has had
+  uint4 codes[kK / 64];  // of the next step
+  u32 scales[kGroups];
 
   template <int kN>
-  __device__ __forceinline__ void run(const u32 (&a)[kK / 8], const u32 (&scales)[kGroups],
-                                      u32 number, bool twice) {
+  __device__ __forceinline__ void run(const u32 (&a)[kK / 8], u32 number, bool another,
+                                      bool twice) {
     float v[kN / 2];
-    multiply<kN>(v, a, scales, s.tokens(number % kTokenSlots));
+    multiply<kN>(v, a, s.tokens(number % kTokenSlots));
     // Tokens may be overwritten. What columns are is not before kTokenSlots further steps, and
     // those wait for this one's turn to pass.
     __syncwarp();
     if (lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
+    if (another) load(number + kWgs);
     add<kN>(v, s.meta(number % kMetaSlots), twice);
   }
 
   template <int kN>
   __device__ __forceinline__ void multiply(float (&v)[kN / 2], const u32 (&a)[kK / 8],
-                                           const u32 (&scales)[kGroups], u32 tokens) {
+                                           u32 tokens) {
     const u64 b = panel_descriptor(tokens);
     constexpr int kTogether = kGroups <= 2 ? kGroups : 1;
 #pragma unroll
@@ -110,28 +113,37 @@ struct OwnBody {
     if (lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
   }
 
-  // `number` counts steps over all jobs.
-  __device__ __forceinline__ void take(Step step, u32 number, bool twice) {
+  // Weights of step `number`, counted over all jobs. Their slot is free for its next user then, and
+  // expects it.
+  __device__ __forceinline__ void load(u32 number) {
     const int thread = warp * 32 + lane;
     const u32 slot = number % kWeightSlots, full = s.weights_full(slot);
     const u32 w = s.weights(slot) + thread * 16;
     const u32 scale_at = s.weights(slot) + kTileBytes + (warp * 8 + (lane >> 2)) * 4;
     barrier_wait(full, number / kWeightSlots & 1);
-    u32 scales[kGroups], a[kK / 8];
+#pragma unroll
+    for (int i = 0; i < kK / 64; ++i) codes[i] = lds128(w + i * 2048);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
+    if (thread == 0) barrier_expect(full, kStageBytes);
+    __syncwarp();
+    if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+  }
+
+  // A step whose weights are loaded; and then those of the next one, if it is of the same job.
+  __device__ __forceinline__ void take(Step step, u32 number, bool another, bool twice) {
+    u32 a[kK / 8];
 #pragma unroll
     for (int i = 0; i < kK / 64; ++i) {
-      const uint4 v = lds128(w + i * 2048);
+      const uint4 v = codes[i];
       decode_int4<kMinusEight>(v.x, a[8 * i + 0], a[8 * i + 1]);
       decode_int4<kMinusEight>(v.y, a[8 * i + 2], a[8 * i + 3]);
       decode_int4<kMinusEight>(v.z, a[8 * i + 4], a[8 * i + 5]);
       decode_int4<kMinusEight>(v.w, a[8 * i + 6], a[8 * i + 7]);
     }
-    // The slot is free for its next user, and expects it.
-    if (thread == 0) barrier_expect(full, kStageBytes);
-    __syncwarp();
-    if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+    // Decoded before the wait and before the matrix unit owns any registers.
+#pragma unroll
+    for (int i = 0; i < kK / 8; ++i) a[i] = kept(a[i]);
     const u32 at = number % kTokenSlots;
     barrier_wait(s.tokens_full(at), number / kTokenSlots & 1);
     fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
@@ -139,19 +151,20 @@ struct OwnBody {
     if (count == 0) {
       __syncwarp();
       if (lane == 0) barrier_arrive(s.tokens_empty(at));
+      if (another) load(number + kWgs);
       wait_turn();
     } else if (count <= 8) {
-      run<8>(a, scales, number, twice);
+      run<8>(a, number, another, twice);
     } else if (count <= 16) {
-      run<16>(a, scales, number, twice);
+      run<16>(a, number, another, twice);
     } else if (count <= 24) {
-      if constexpr (kColumns >= 24) run<24>(a, scales, number, twice);
+      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
     } else if (count <= 32) {
-      if constexpr (kColumns >= 32) run<32>(a, scales, number, twice);
+      if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
     } else if (count <= 40) {
-      if constexpr (kColumns >= 40) run<40>(a, scales, number, twice);
+      if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
     } else {
-      if constexpr (kColumns >= 48) run<48>(a, scales, number, twice);
+      if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
     }
     pass_turn();
   }
@@ -199,7 +212,10 @@ struct OwnBody {
       const Job job = *s.job(n & 1);
       if (job.steps < 0) return;
       const Step* steps = s.steps(n & 1);
-      for (; own < job.steps; own += kWgs) take(steps[own], number + own, job.twice != 0);
+      if (own < job.steps) load(number + own);
+      for (; own < job.steps; own += kWgs) {
+        take(steps[own], number + own, own + kWgs < job.steps, job.twice != 0);
+      }
       own -= job.steps, number += job.steps;
       finish(job, s.exponents(n & 1));
       __syncwarp();
@@ -236,7 +252,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
-                 thread & 31};
+                 thread & 31, 0, {}, {}};
     body.consume();
   }
   __syncwarp();
