@@ -40,7 +40,7 @@ struct Column {
 
 struct PrefillOwnParams {
   Weights weights;
-  const u8* b;            // (M * top_k, K) E4M3
+  const u8* b;            // (K / kPanel, b_rows, kPanel) E4M3, swizzled: q_piece in prefill_up.cu
   const Column* columns;  // (lists, list_tokens * top_k)
   const int* first;       // (lists, kMaxExperts + 1) where an expert's columns begin
   const int* twice;       // (lists * parts) whether a token names an expert twice
@@ -50,7 +50,7 @@ struct PrefillOwnParams {
   u16* out;               // (M, rows) bfloat16
   u32* claimed;           // zero before
   float factor;
-  int tokens, top_k, lists, list_tokens, parts, experts, max_steps;
+  int tokens, top_k, lists, list_tokens, parts, experts, max_steps, b_rows;
 };
 
 // An expert and at most kColumns of its columns in this CTA's list, perhaps none.
@@ -143,7 +143,7 @@ struct Shared {
       barrier_init(weights_empty(i), 4 * kCluster);
     }
     for (u32 i = 0; i < kTokenSlots; ++i) {
-      barrier_init(tokens_full(i), 33);  // lanes whose copies have arrived, and what they wrote
+      barrier_init(tokens_full(i), 2);  // the copies, and what columns are
       barrier_init(tokens_empty(i), 4);
     }
     for (int i = 0; i < 2; ++i) {
@@ -315,11 +315,12 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
 }
 
 // ---- tokens --------------------------------------------------------------------------------------
-// A lane's column of a step that will be copied.
+// A lane's columns of a step to come.
 struct Coming {
   u32 number;  // of the step, over all jobs
   int here;    // columns; -1 after the last step
   int base;    // first pair of the list
+  int first;   // row of b
   u32 exponents;
   Column column[2];  // the second is 32 further on
 };
@@ -335,30 +336,18 @@ __device__ __forceinline__ T kept(T value) {
   return value;
 }
 
-// kTokenWarps warps take steps in turn: rows of the tokens, swizzled; where each column's sums are, and
-// its weight.
+// kTokenWarps warps take steps in turn: rows of the tokens, where each column's sums are, its weight.
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
                                                int part) {
-  constexpr int kPieces = kPanel / 16, kRowsAtOnce = 32 / kPieces;
-  const int lane = kept(threadIdx.x & 31), row = lane / kPieces, piece = lane % kPieces;
-  // A round's rows are kRowsAtOnce after those of the one before: of the swizzle's period, half or all.
-  constexpr int kPeriod = kPanel == 128 ? 8 / kRowsAtOnce : 1;
-  u32 to_lane[kPeriod];
-#pragma unroll
-  for (int i = 0; i < kPeriod; ++i) {
-    const int r = i * kRowsAtOnce + row;
-    to_lane[i] = kept(s.token_slots + row * kPanel +
-                      (piece ^ (kPanel == 128 ? r % 8 : r / 2 % 4)) * 16);
-  }
+  const int lane = threadIdx.x & 31;
   const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
   const u32 inverse_top_k = 0xffffffffu / p.top_k + 1;  // exact: a list has few pairs
   const int list_pairs = p.list_tokens * p.top_k;
-  const u8* b = kept(p.b + piece * 16);
   Job job{0, 0, 0, 0};
   int n = -1, own = part;
   u32 base = 0;
   auto fetch = [&] {
-    Coming coming{0, -1, 0, 0, {{0, 0.0f}, {0, 0.0f}}};
+    Coming coming{0, -1, 0, 0, 0, {{0, 0.0f}, {0, 0.0f}}};
     while (own >= job.steps) {
       own -= job.steps, base += job.steps;
       __syncwarp();
@@ -370,9 +359,10 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     }
     const Step step = s.steps(n & 1)[own];
     coming.number = base + own, coming.here = step.count(), coming.base = job.list * list_pairs;
+    coming.first = coming.base + step.first();
     own += kTokenWarps;
     coming.exponents = s.exponents(n & 1);
-    const Column* from = p.columns + coming.base + step.first() + lane;
+    const Column* from = p.columns + coming.first + lane;
     if (lane < coming.here) coming.column[0] = from[0];
     if (kColumns > 32 && lane + 32 < coming.here) coming.column[1] = from[32];
     return coming;
@@ -382,30 +372,13 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     const Coming then = fetch();
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
     barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
-    const u32 to = slot * kTokenBytes;
-    const int rows = now.here - row;
-#pragma unroll
-    for (int half = 0; half < kColumns; half += 32) {
-      constexpr int kHalf = 32 / kRowsAtOnce;
-      u32 pairs[kHalf];
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        pairs[i] = __shfl_sync(0xffffffffu, now.column[half / 32].pair, i * kRowsAtOnce + row);
-      }
-#pragma unroll
-      for (int i = 0; i < kHalf && half + i * kRowsAtOnce < kColumns; ++i) {
-        const int r = half + i * kRowsAtOnce;
-        if (r < rows) {
-          const u8* from = b + static_cast<u64>(pairs[i]) * kK;
-#pragma unroll
-          for (int panel = 0; panel < kK / kPanel; ++panel) {
-            async_copy16(to_lane[i % kPeriod] + to + r * kPanel + panel * (kColumns * kPanel),
-                         from + panel * kPanel);
-          }
-        }
-      }
+    if (lane == 0) barrier_expect(full, now.here * kK);
+    __syncwarp();
+    if (lane < kK / kPanel && now.here > 0) {
+      bulk_copy(s.tokens(slot) + lane * (kColumns * kPanel),
+                p.b + (static_cast<u64>(lane) * p.b_rows + now.first) * kPanel,
+                now.here * kPanel, full);
     }
-    async_copy_arrive(full);
 #pragma unroll
     for (int i = 0; i < (kColumns + 31) / 32; ++i) {
       const Column& column = now.column[i];

@@ -146,7 +146,6 @@ struct OwnBody {
     for (int i = 0; i < kK / 8; ++i) a[i] = kept(a[i]);
     const u32 at = number % kTokenSlots;
     barrier_wait(s.tokens_full(at), number / kTokenSlots & 1);
-    fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
     const int count = uniform(step.count());
     if (count == 0) {
       __syncwarp();

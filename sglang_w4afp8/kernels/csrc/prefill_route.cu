@@ -40,6 +40,7 @@ struct Column {
 // What prefill_own_down.cu wants, or columns null.
 struct Own {
   Column* columns;        // as those of its lists
+  int* rows;              // as up's columns: where a pair's row of q is, see q_row
   int* twice;             // (parts) whether a token names an expert twice
   float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
   float* largest;         // (E) the largest finite scale of w2, whatever its sign
@@ -63,6 +64,12 @@ struct PrefillRouteParams {
   int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
 };
 
+// A row of q in the order of down's list, and its number among the expert's rows there modulo 8: rows
+// are swizzled in memory as the matrix unit wants them, so that down copies many at once.
+__device__ __forceinline__ int q_row(u64 row, int of_expert) {
+  return static_cast<int>(row) | (of_expert & 7) << 28;
+}
+
 __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
   const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
                                     : static_cast<const int*>(p.ids)[pair];
@@ -71,7 +78,8 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
 
 // Thread e of the block of part `part`: where expert e's pairs of this part begin in its list. The
 // first part of a list also writes its tiles.
-__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
+__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums,
+                          int& first_of_list) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   const int list = part / lists.parts, first_part = list * lists.parts;
   const int last_part = min(first_part + lists.parts, p.sorters);
@@ -96,6 +104,7 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   __syncthreads();
   int first = pair_sum - tokens, tile = tile_sum - tiles;
   for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
+  first_of_list = first;
   if (part == first_part && lists.first != nullptr) {
     int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
     out[tid] = first;
@@ -178,8 +187,11 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   }
   __syncthreads();
   const bool several = p.down.count > 0;
-  up_first[tid] = place_part(p, p.up, part, sums);
-  if (several) down_first[tid] = place_part(p, p.down, part, sums);
+  int ignored, first = 0;
+  up_first[tid] = place_part(p, p.up, part, sums, ignored);
+  if (several) down_first[tid] = place_part(p, p.down, part, sums, first);
+  __syncthreads();
+  counts[tid] = first;
   __syncthreads();
   const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
   const u64 down =
@@ -198,7 +210,10 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
     if (own) {
       const float weight = p.own.weights[pair];
       p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
-      if (e >= 0) p.own.columns[down + at] = Column{pair, weight};
+      if (e >= 0) {
+        p.own.columns[down + at] = Column{pair, weight};
+        p.own.rows[up + up_first[e] + rank[i]] = q_row(down + at, at - counts[e]);
+      }
     } else {
       p.place[pair] = at;
     }

@@ -32,7 +32,7 @@ class _Own(ctypes.Structure):
     """``Own`` in prefill_route.cu."""
 
     _fields_ = (
-        ("columns", _P), ("twice", _P), ("sizes", _P), ("largest", _P), ("weights", _P),
+        ("columns", _P), ("rows", _P), ("twice", _P), ("sizes", _P), ("largest", _P), ("weights", _P),
         ("w2_scale", _P), ("expert_scales", _I), ("top_k", _I),
     )  # fmt: skip
 
@@ -53,9 +53,10 @@ class _UpParams(ctypes.Structure):
 
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
-        ("b_scale", _P), ("q_scale", _P), ("q", _P), ("q_row_scale", _P), ("inner", _P),
+        ("b_scale", _P), ("q_scale", _P), ("q", _P), ("rows", _P), ("q_row_scale", _P), ("inner", _P),
         ("claimed", _P), ("tile_count", _P), ("arrived", _P), ("top_k", _I),
         ("lists", _I), ("list_pairs", _I), ("max_tiles", _I), ("ring", _I),
+        ("panel", _I), ("q_rows", _I),
     )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ class _OwnDownParams(ctypes.Structure):
         ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),
         ("sizes", _P), ("largest", _P), ("b_scale", _P), ("out", _P), ("claimed", _P),
         ("factor", _F), ("tokens", _I), ("top_k", _I), ("lists", _I), ("list_tokens", _I),
-        ("parts", _I), ("experts", _I), ("max_steps", _I),
+        ("parts", _I), ("experts", _I), ("max_steps", _I), ("b_rows", _I),
     )  # fmt: skip
 
 
@@ -92,6 +93,8 @@ def launches_prefill(
     own = plan.slices == 0
     top_k, shared = layer.top_k, own or plan.up == plan.down
     steps = plan.slices * plan.down.count
+    # Rows of q are in the order of down's lists where CTAs own outputs.
+    q_rows = plan.down.count * plan.down.tokens * top_k if own else pairs
     tiles = plan.up.count * plan.up.max_tiles
     zeros = 2 + 2 * steps + (tiles if dynamic else 0)
     lists = {"up": plan.up} | ({} if shared else {"down": plan.down})
@@ -104,14 +107,15 @@ def launches_prefill(
             **{f"{name} columns": pairs * 4 for name in lists},
             "counts": plan.sorters * MAX_EXPERTS * 4,
             "place": 0 if own else pairs * 4,
-            "own columns": pairs * 8 if own else 0,
+            "own columns": q_rows * 8 if own else 0,
+            "own rows": pairs * 4 if own else 0,
             "own first": plan.down.count * (MAX_EXPERTS + 1) * 4 if own else 0,
             "own twice": plan.sorters * 4 if own else 0,
             "own sizes": pairs * 4 if own else 0,
             "own largest": layer.experts * 4 if own else 0,
             "xq": tokens * layer.hidden,
             "x_scale": tokens * 4,
-            "q": pairs * layer.inner,
+            "q": q_rows * layer.inner,
             "row_scale": pairs * 4 if dynamic else 0,
             "inner": pairs * layer.inner * 4 if dynamic else 0,
             "y": BUFFERS * plan.slice_blocks * plan.down.tokens * top_k * 512,
@@ -131,7 +135,7 @@ def launches_prefill(
     if own:
         down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
         for_own = _Own(
-            at["own columns"], at["own twice"], at["own sizes"], at["own largest"],
+            at["own columns"], at["own rows"], at["own twice"], at["own sizes"], at["own largest"],
             t.topk_weights.data_ptr(), t.w2_scale.data_ptr(), t.w2_scale[0].numel(), top_k,
         )  # fmt: skip
     route_parameters = _RouteParams(
@@ -145,9 +149,10 @@ def launches_prefill(
     up_parameters = _UpParams(
         _Weights(t.w13.data_ptr(), t.w13_scale.data_ptr(), 2 * layer.inner, layer.hidden),
         at["xq"], *addresses("up"), at["x_scale"] if dynamic else pointer(t.w13_input_scale),
-        pointer(t.w2_input_scale), at["q"], at["row_scale"], at["inner"], claimed,
+        pointer(t.w2_input_scale), at["q"], at["own rows" if own else "up columns"],
+        at["row_scale"], at["inner"], claimed,
         claimed + 4 * (2 + 2 * steps), arrived, top_k, plan.up.count, plan.up.tokens * top_k,
-        plan.up.max_tiles, up.ring,
+        plan.up.max_tiles, up.ring, (128 if layer.inner % 128 == 0 else 64) if own else 0, q_rows,
     )  # fmt: skip
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
@@ -157,7 +162,7 @@ def launches_prefill(
         own_parameters = _OwnDownParams(
             w2, at["q"], at["own columns"], at["own first"], at["own twice"], at["own sizes"],
             at["own largest"], q_scale, out.data_ptr(), claimed + 4, factor, tokens, top_k,
-            plan.down.count, plan.down.tokens, plan.down.parts, layer.experts, steps,
+            plan.down.count, plan.down.tokens, plan.down.parts, layer.experts, steps, q_rows,
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(
