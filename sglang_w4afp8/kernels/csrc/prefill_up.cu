@@ -1,11 +1,12 @@
 // Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 //
-// See prefill.cuh. With per-token scales the products go to `inner` in FP32 and whoever completes a
+// See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a
 // tile quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
 #include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
+constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
 constexpr int kGatherBytes = kTokens * kPitch;
@@ -26,16 +27,19 @@ struct PrefillUpParams {
   u32* tile_count;       // dynamic: (lists, max_tiles), zero before
   u32* arrived;          // route's counter, done with
   int top_k, lists, list_pairs, max_tiles, ring;
-  int panel, q_rows;     // columns of a panel of q, rows of q; panel 0: rows are whole
+  int q_rows;
 };
 
 // Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels, q_rows,
 // panel), and 16-byte pieces of a row are where the matrix unit wants them: swizzled by its number.
-__device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, int column) {
-  if (p.panel == 0) return p.q + static_cast<u64>(row) * (p.weights.rows / 2) + column;
-  const u32 number = static_cast<u32>(row) >> 28, key = p.panel == 128 ? number : number >> 1;
-  const u64 at = static_cast<u64>(column / p.panel) * p.q_rows + (row & 0xfffffff);
-  return p.q + at * p.panel + ((column % p.panel) ^ (key * 16));
+__device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 column) {
+  if constexpr (kOutPanel == 0) {
+    return p.q + static_cast<u64>(row) * (p.weights.rows / 2) + column;
+  } else {
+    const u32 number = static_cast<u32>(row) >> 28, key = kOutPanel == 128 ? number : number >> 1;
+    const u64 at = static_cast<u64>(column / kOutPanel) * p.q_rows + (row & 0xfffffff);
+    return p.q + at * kOutPanel + ((column % kOutPanel) ^ (key * 16));
+  }
 }
 
 // What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each other

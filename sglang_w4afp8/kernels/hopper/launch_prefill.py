@@ -56,7 +56,7 @@ class _UpParams(ctypes.Structure):
         ("b_scale", _P), ("q_scale", _P), ("q", _P), ("rows", _P), ("q_row_scale", _P), ("inner", _P),
         ("claimed", _P), ("tile_count", _P), ("arrived", _P), ("top_k", _I),
         ("lists", _I), ("list_pairs", _I), ("max_tiles", _I), ("ring", _I),
-        ("panel", _I), ("q_rows", _I),
+        ("q_rows", _I),
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def launches_prefill(
         pointer(t.w2_input_scale), at["q"], at["own rows" if own else "up columns"],
         at["row_scale"], at["inner"], claimed,
         claimed + 4 * (2 + 2 * steps), arrived, top_k, plan.up.count, plan.up.tokens * top_k,
-        plan.up.max_tiles, up.ring, (128 if layer.inner % 128 == 0 else 64) if own else 0, q_rows,
+        plan.up.max_tiles, up.ring, q_rows,
     )  # fmt: skip
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)

@@ -115,7 +115,8 @@ class PrefillPlan:
     slice_blocks: int
 
 
-def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
+def _matrix(layer: Layer, sms: int, up: bool, panel: int = 0) -> Launch:
+    """``panel``: columns of a panel of q where CTAs of down own outputs, else 0."""
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
@@ -137,6 +138,7 @@ def _matrix(layer: Layer, sms: int, up: bool) -> Launch:
             ("W4_MINUS_EIGHT", int(layer.minus_eight)),
             ("W4_PER_WG", per_wg),
             ("W4_DYNAMIC", int(layer.dynamic)),
+            *((("W4_PANEL", panel),) if up else ()),
         ),
     )
     shared = fixed + ring * stage
@@ -242,7 +244,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         return PrefillPlan(
             launches=(
                 _route(tokens, sorters, layer.experts),
-                _matrix(layer, sms, True),
+                _matrix(layer, sms, True, 64 if layer.inner % 128 else 128),
                 launch,
             ),
             sorters=sorters,
