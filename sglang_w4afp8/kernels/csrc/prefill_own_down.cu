@@ -243,12 +243,12 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       describe_jobs(p, s, rank);
     } else if (warp == 1) {
       produce_weights(p, s, rank);
-    } else if (warp < 2 + kTokenWarps) {
+    } else {
       produce_tokens(p, s, warp - 2);
     }
   } else {
-    // What the launch gave and producers gave back: 640 threads of 96, or 768 of 80.
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
+    // What the launch gave and producers gave back: 512 threads of 128, or 640 of 96.
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 104 : 152));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
                  thread & 31, 0, {}, {}};

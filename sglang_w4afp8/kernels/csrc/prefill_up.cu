@@ -37,8 +37,9 @@ __device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 co
     return p.q + static_cast<u64>(row) * (p.weights.rows / 2) + column;
   } else {
     const u32 number = static_cast<u32>(row) >> 28, key = kOutPanel == 128 ? number : number >> 1;
-    const u64 at = static_cast<u64>(column / kOutPanel) * p.q_rows + (row & 0xfffffff);
-    return p.q + at * kOutPanel + ((column % kOutPanel) ^ (key * 16));
+    constexpr u32 kColumns = kOutPanel > 0 ? kOutPanel : 1;
+    const u64 at = static_cast<u64>(column / kColumns) * p.q_rows + (row & 0xfffffff);
+    return p.q + at * kColumns + ((column % kColumns) ^ (key * 16));
   }
 }
 
