@@ -11,8 +11,8 @@ constexpr int kTileBytes = kK * 32;                // INT4 of 64 rows
 constexpr int kTileScaleBytes = kGroups * 128;
 constexpr int kStageBytes = kTileBytes + kTileScaleBytes;
 constexpr int kConsumers = kWgs * 128;
-constexpr int kThreads = kConsumers + 128;
-constexpr int kTokenWarps = 2;
+constexpr int kThreads = kConsumers + 256;
+constexpr int kTokenWarps = W4_TOKEN_WARPS;
 constexpr int kMaxExperts = 512;  // as in prefill_route.cu
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
@@ -24,7 +24,7 @@ static_assert(kColumns % 8 == 0 && kColumns <= 48 && kK % kGroup == 0, "");
 // before that: no wait lags two phases behind.
 static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
 // Nor does one of the warp that fills a slot: it is the same warp every time.
-static_assert(kTokenSlots % kTokenWarps == 0, "");
+static_assert(kTokenWarps <= 6 && kTokenSlots % kTokenWarps == 0, "");
 
 struct Weights {
   const u8* w;       // (E, rows, K / 2) in stage order

@@ -13,6 +13,10 @@
 // W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
 #include "prefill_own.cuh"
 
+// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last user
+// must be done, or the wait would lag two phases behind: with few slots that is known only later.
+constexpr bool kEarly = kWeightSlots >= 2 * kWgs;
+
 struct OwnBody {
   const PrefillOwnParams& p;
   const Shared& s;
@@ -31,7 +35,7 @@ struct OwnBody {
     // those wait for this one's turn to pass.
     __syncwarp();
     if (lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
-    if (another) load(number + kWgs);
+    if (kEarly && another) load(number + kWgs);
     add<kN>(v, s.meta(number % kMetaSlots), twice);
   }
 
@@ -150,7 +154,7 @@ struct OwnBody {
     if (count == 0) {
       __syncwarp();
       if (lane == 0) barrier_arrive(s.tokens_empty(at));
-      if (another) load(number + kWgs);
+      if (kEarly && another) load(number + kWgs);
       wait_turn();
     } else if (count <= 8) {
       run<8>(a, number, another, twice);
@@ -166,6 +170,7 @@ struct OwnBody {
       if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
     }
     pass_turn();
+    if (!kEarly && another) load(number + kWgs);
   }
 
   // The sums of a list's tokens to memory; they are zero after it.
@@ -243,12 +248,12 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       describe_jobs(p, s, rank);
     } else if (warp == 1) {
       produce_weights(p, s, rank);
-    } else {
+    } else if (warp < 2 + kTokenWarps) {
       produce_tokens(p, s, warp - 2);
     }
   } else {
-    // What the launch gave and producers gave back: 512 threads of 128, or 640 of 96.
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 104 : 152));
+    // What the launch gave and producers gave back: 640 threads of 96, or 768 of 80.
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
                  thread & 31, 0, {}, {}};

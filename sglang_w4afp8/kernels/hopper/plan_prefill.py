@@ -52,8 +52,8 @@ OWN_CLUSTERS = (4, 2, 1)
 """CTAs that share weights, where there are as many lists."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
-OWN_TOKEN_WARPS = 2
-"""Fill slots for tokens in turn; a slot must always have the same one."""
+OWN_TOKEN_SLOTS = ((12, 6), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
+"""Slots for tokens, and the warps that fill them: a slot has always the same one."""
 MAX_RING = 8
 
 
@@ -194,7 +194,7 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
     token_slot = columns * (shape.k + 2 * 8) + BARRIER_BYTES
     room = CTA_SHARED_BYTES - fixed
     slots = room // (stage + BARRIER_BYTES + token_slot)
-    token_slots = min(slots // OWN_TOKEN_WARPS * OWN_TOKEN_WARPS, OWN_MOST_SLOTS)
+    token_slots, token_warps = next(pair for pair in OWN_TOKEN_SLOTS if pair[0] <= slots)
     slots = min((room - token_slots * token_slot) // (stage + BARRIER_BYTES), OWN_MOST_SLOTS)
     kernel = Kernel(
         "prefill_own_down.cu",
@@ -211,11 +211,12 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
             ("W4_MOST_TOKENS", most),
             ("W4_WEIGHT_SLOTS", slots),
             ("W4_TOKEN_SLOTS", token_slots),
+            ("W4_TOKEN_WARPS", token_warps),
         ),
     )
     shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
     grid = sms // cluster * cluster
-    threads = (OWN_WARPGROUPS + 1) * 128
+    threads = (OWN_WARPGROUPS + 2) * 128
     return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
         -(-tokens // size), size, 0, parts
     )
