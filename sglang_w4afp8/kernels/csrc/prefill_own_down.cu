@@ -88,6 +88,8 @@ struct OwnBody {
       at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b] * w0, v[4 * b + 2] * w0);
       at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
     }
+#pragma unroll
+    for (int c = 0; c < kN / 4; ++c) more[c] = kept(more[c]);
     wait_turn();
     if (!twice) {
       u32 old[kN / 4];
@@ -256,7 +258,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
-                 thread & 31, 0, {}, {}};
+                 kept(thread & 31), 0, {}, {}};
     body.consume();
   }
   __syncwarp();
