@@ -181,29 +181,45 @@ struct OwnBody {
     named_sync(1, kConsumers);
     const int first = job.list * p.list_tokens;
     const int count = max(0, min(p.list_tokens, p.tokens - first)) * 8;
-#pragma unroll 2
-    for (int i = tid; i < count; i += kConsumers) {
-      const int t = i >> 3, piece = i & 7;
-      const u32 at = (s.sums + sum_offset(t)) ^ (piece * 16);
-      const uint4 v = lds128(at);
-      sts128(at, make_uint4(0, 0, 0, 0));
-      const float by = p.factor * scaling_back(load_exponent(exponents + t));
-      auto two = [&](u32 halves) { return pack_bf16(half_low(halves) * by, half_high(halves) * by); };
-      const u32 r[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
-      u16* out = p.out + static_cast<u64>(first + t) * p.weights.rows;
-      if constexpr (kLayoutTiles == 1) {
-        *reinterpret_cast<uint4*>(out + job.tile * 64 + piece * 8) =
-            make_uint4(r[0], r[1], r[2], r[3]);
-      } else {
-        // A warpgroup's row tiles interleave (hopper/layout.py, _row_order).
-        const int row = job.tile / kLayoutTiles * kLayoutTiles * 64 + job.tile % kLayoutTiles * 2;
+    constexpr int kAtOnce = 4;  // pieces of 8 outputs
+    for (int begin = tid; begin < count; begin += kAtOnce * kConsumers) {
+      uint4 v[kAtOnce];
+      u32 exponent[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * kConsumers, t = i >> 3;
+        if (i < count) {
+          v[j] = lds128((s.sums + sum_offset(t)) ^ ((i & 7) * 16));
+          exponent[j] = load_exponent(exponents + t);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * kConsumers, t = i >> 3;
+        if (i < count) {
+          sts128((s.sums + sum_offset(t)) ^ ((i & 7) * 16), make_uint4(0, 0, 0, 0));
+          store(job.tile, first + t, i & 7, v[j], p.factor * scaling_back(exponent[j]));
         }
       }
     }
     named_sync(1, kConsumers);
+  }
+
+  // Eight outputs of a token.
+  __device__ __forceinline__ void store(int tile, int token, int piece, uint4 v, float by) {
+    auto two = [&](u32 halves) { return pack_bf16(half_low(halves) * by, half_high(halves) * by); };
+    const u32 r[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
+    u16* out = p.out + static_cast<u64>(static_cast<u32>(token)) * static_cast<u32>(p.weights.rows);
+    if constexpr (kLayoutTiles == 1) {
+      *reinterpret_cast<uint4*>(out + tile * 64 + piece * 8) = make_uint4(r[0], r[1], r[2], r[3]);
+    } else {
+      // A warpgroup's row tiles interleave (hopper/layout.py, _row_order).
+      const int row = tile / kLayoutTiles * kLayoutTiles * 64 + tile % kLayoutTiles * 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+      }
+    }
   }
 
   __device__ __forceinline__ void consume() {
