@@ -56,7 +56,7 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
       if (count > 0) {
         const u32 there = ring.stage(place.slot) + to;
         if constexpr (kCluster == 2) {
-          bulk_copy_to_both(there, from, count * tile_bytes, full);
+          bulk_copy_to_all(there, from, count * tile_bytes, full, kCluster);
         } else {
           bulk_copy(there, from, count * tile_bytes, full);
         }

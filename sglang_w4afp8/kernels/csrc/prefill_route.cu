@@ -4,7 +4,11 @@
 // lists of different lengths. The first blocks sort: each counts its part of the pairs, publishes the
 // counts, waits for the others' and then knows where its pairs go in both kinds of list. The other
 // blocks quantise four rows of x each. Pairs of an expert are in no particular order: a pair's result
-// does not depend on its neighbours, and sums are taken in the order of k.
+// does not depend on its neighbours, and sums are taken in the order of k. prefill_own_down.cu takes
+// them in the order of experts: pairs keep theirs where a token names an expert twice.
+//
+// Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows how
+// large sums can become.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
@@ -12,7 +16,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
 constexpr int kTokens = 128;  // most of a tile
 constexpr int kMine = 8;      // pairs of a sorting thread
-constexpr int kPart = kThreads * kMine;
+constexpr int kPart = kThreads * kMine;  // most pairs of a part
+static_assert(kPart == 4096, "");
 
 struct Tile {
   int expert, first, count, unused;
@@ -22,8 +27,27 @@ struct Lists {
   Tile* tiles;   // (count, max_tiles)
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
-  int count, parts, max_tiles;  // a list has `parts` parts of kPart pairs, the last may have fewer
+  int* first;    // (count, kMaxExperts + 1) where an expert's columns begin: instead of tiles, or null
+  int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
   int together;                 // an expert's tiles are a multiple of it; a power of two
+};
+
+// A pair in its list of prefill_own_down.cu.
+struct Column {
+  int pair;
+  float weight;
+};
+
+// What prefill_own_down.cu wants, or columns null.
+struct Own {
+  Column* columns;        // as those of its lists
+  int* rows;              // as up's columns: where a pair's row of q is, see q_row
+  int* twice;             // (parts) whether a token names an expert twice
+  float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
+  float* largest;         // (E) the largest finite scale of w2, whatever its sign
+  const float* weights;   // (M, top_k)
+  const u16* w2_scale;    // (E, expert_scales) bfloat16
+  int expert_scales, top_k;
 };
 
 struct PrefillRouteParams {
@@ -33,12 +57,19 @@ struct PrefillRouteParams {
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
   Lists up, down;        // down.count is 0 where both kernels use the same lists
+  Own own;
   u32* counts;           // (sorters, kMaxExperts)
   u32* arrived;          // sorters that have published, zero before; the next kernel makes it zero again
   int* place;            // (pairs) a pair's place in its list of down, or -1
   u32* zeros;            // counters of the kernels that follow
-  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters;
+  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
 };
+
+// A row of q in the order of down's list, and its number among the expert's rows there modulo 8: rows
+// are swizzled in memory as the matrix unit wants them, so that down copies many at once.
+__device__ __forceinline__ int q_row(u64 row, int of_expert) {
+  return static_cast<int>(row) | (of_expert & 7) << 28;
+}
 
 __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
   const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
@@ -48,7 +79,8 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
 
 // Thread e of the block of part `part`: where expert e's pairs of this part begin in its list. The
 // first part of a list also writes its tiles.
-__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
+__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums,
+                          int& first_of_list) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   const int list = part / lists.parts, first_part = list * lists.parts;
   const int last_part = min(first_part + lists.parts, p.sorters);
@@ -74,7 +106,12 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   __syncthreads();
   int first = pair_sum - tokens, tile = tile_sum - tiles;
   for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
-  if (part == first_part) {
+  first_of_list = first;
+  if (part == first_part && lists.first != nullptr) {
+    int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
+    out[tid] = first;
+    if (tid == kThreads - 1) out[kMaxExperts] = first + tokens;
+  } else if (part == first_part) {
     if (tid == kThreads - 1) lists.header[list] = tile + tiles;
     Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
     for (int i = 0; i < tiles; ++i) {
@@ -84,19 +121,59 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
   return first + before;
 }
 
+// Whether a token of the block's part names an expert twice; the same for all threads.
+__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
+                            const int (&expert)[kMine]) {
+  bool twice = false;
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
+    if (pair >= end || expert[i] < 0) continue;
+    for (int other = pair / p.own.top_k * p.own.top_k; other < pair; ++other) {
+      twice |= expert_of(p, other) == expert[i];
+    }
+  }
+  twice = __syncthreads_or(twice) != 0;
+  if (threadIdx.x == 0) p.own.twice[part] = twice;
+  return twice;
+}
+
+// Ranks in the order of pairs: a warp after the other, as this is rare.
+__device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], int* counts) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) {
+        const u32 same = __match_any_sync(0xffffffffu, expert[i]);
+        const int e = max(expert[i], 0), before = counts[e];
+        rank[i] = before + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        if (expert[i] >= 0 && same >> lane == 1) counts[e] = rank[i] + 1;
+      }
+      __syncthreads();
+    }
+  }
+}
+
 __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
                           int* up_first, int* down_first) {
-  const int tid = threadIdx.x, begin = part * kPart;
+  const int tid = threadIdx.x, begin = part * p.part_pairs;
+  const int end = min(begin + p.part_pairs, p.pairs);
   int expert[kMine], rank[kMine];
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + tid;
-    expert[i] = pair < p.pairs ? expert_of(p, pair) : -1;
+    expert[i] = pair < end ? expert_of(p, pair) : -1;
   }
   counts[tid] = 0;
   __syncthreads();
+  const bool own = p.own.columns != nullptr;
+  if (own && names_twice(p, part, begin, end, expert)) {
+    rank_in_order(expert, rank, counts);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+    for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+  }
   __syncthreads();
   __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
   __syncthreads();
@@ -112,22 +189,36 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   }
   __syncthreads();
   const bool several = p.down.count > 0;
-  up_first[tid] = place_part(p, p.up, part, sums);
-  if (several) down_first[tid] = place_part(p, p.down, part, sums);
+  int ignored, first = 0;
+  up_first[tid] = place_part(p, p.up, part, sums, ignored);
+  if (several) down_first[tid] = place_part(p, p.down, part, sums, first);
   __syncthreads();
-  int* up = p.up.columns + part / p.up.parts * p.up.parts * kPart;
-  int* down = several ? p.down.columns + part / p.down.parts * p.down.parts * kPart : nullptr;
+  counts[tid] = first;
+  __syncthreads();
+  const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
+  const u64 down =
+      several ? static_cast<u64>(part / p.down.parts) * p.down.parts * p.part_pairs : 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + tid, e = expert[i];
-    if (pair >= p.pairs) continue;
+    if (pair >= end) continue;
     int at = -1;
     if (e >= 0) {
       at = up_first[e] + rank[i];
-      up[at] = pair;
-      if (several) at = down_first[e] + rank[i], down[at] = pair;
+      p.up.columns[up + at] = pair;
+      if (several) at = down_first[e] + rank[i];
+      if (several && !own) p.down.columns[down + at] = pair;
     }
-    p.place[pair] = at;
+    if (own) {
+      const float weight = p.own.weights[pair];
+      p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
+      if (e >= 0) {
+        p.own.columns[down + at] = Column{pair, weight};
+        p.own.rows[up + up_first[e] + rank[i]] = q_row(down + at, at - counts[e]);
+      }
+    } else {
+      p.place[pair] = at;
+    }
   }
 }
 
@@ -177,6 +268,29 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
   }
 }
 
+__device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
+  const u16* scales = p.own.w2_scale + static_cast<u64>(expert) * p.own.expert_scales;
+  const int tid = threadIdx.x;
+  u32 largest = 0;  // without signs the order of bits is that of numbers
+  auto see = [&](u32 bits) {
+    if (bits < 0x7f800000u) largest = max(largest, bits);
+  };
+#pragma unroll 4
+  for (int i = tid * 8; i < p.own.expert_scales; i += kThreads * 8) {
+    const uint4 v = *reinterpret_cast<const uint4*>(scales + i);
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) see(w[j] << 16 & 0x7fffffffu), see(w[j] & 0x7fff0000u);
+  }
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if ((tid & 31) == 0) warps[tid >> 5] = largest;
+  __syncthreads();
+  if (tid == 0) {
+    for (int w = 0; w < kWarps; ++w) largest = max(largest, warps[w]);
+    p.own.largest[expert] = __uint_as_float(largest);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
   __shared__ int counts[kMaxExperts], up_first[kMaxExperts], down_first[kMaxExperts];
@@ -187,9 +301,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   if (block == 0) {
     for (int i = threadIdx.x; i < p.zero_count; i += kThreads) p.zeros[i] = 0;
   }
+  const int quantizers = (p.tokens + kRows - 1) / kRows;
   if (block < p.sorters) {
     sort_part(p, block, counts, sums, up_first, down_first);
-  } else {
+  } else if (block < p.sorters + quantizers) {
     quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
+  } else {
+    find_largest(p, block - p.sorters - quantizers, reinterpret_cast<u32*>(sums));
   }
 }

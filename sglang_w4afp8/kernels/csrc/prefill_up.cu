@@ -1,11 +1,12 @@
 // Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 //
-// See prefill.cuh. With per-token scales the products go to `inner` in FP32 and whoever completes a
+// See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a
 // tile quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
 #include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
+constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
 constexpr int kGatherBytes = kTokens * kPitch;
@@ -18,14 +19,29 @@ struct PrefillUpParams {
   const int* columns;    // (lists, list_pairs) pair numbers, sorted by expert
   const float* b_scale;  // static: (1); dynamic: (M)
   const float* q_scale;  // static: (1) scale of the output
-  u8* q;                 // (M * top_k, inner) E4M3
+  u8* q;                 // (M * top_k, inner) E4M3, or as q_piece says
+  const int* rows;       // where a pair's row of q is: columns, or see q_row in prefill_route.cu
   float* q_row_scale;    // dynamic: (M * top_k)
   float* inner;          // dynamic: (M * top_k, inner) before quantisation
   u32* claimed;          // zero before
   u32* tile_count;       // dynamic: (lists, max_tiles), zero before
   u32* arrived;          // route's counter, done with
   int top_k, lists, list_pairs, max_tiles, ring;
+  int q_rows;
 };
+
+// Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels, q_rows,
+// panel), and 16-byte pieces of a row are where the matrix unit wants them: swizzled by its number.
+__device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 column) {
+  if constexpr (kOutPanel == 0) {
+    return p.q + static_cast<u64>(row) * (p.weights.rows / 2) + column;
+  } else {
+    const u32 number = static_cast<u32>(row) >> 28, key = kOutPanel == 128 ? number : number >> 1;
+    constexpr u32 kColumns = kOutPanel > 0 ? kOutPanel : 1;
+    const u64 at = static_cast<u64>(column / kColumns) * p.q_rows + (row & 0xfffffff);
+    return p.q + at * kColumns + ((column % kColumns) ^ (key * 16));
+  }
+}
 
 // What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each other
 // read the same tokens, and the tiles of an expert, so that they read the same weights. The CTAs of
@@ -73,8 +89,9 @@ struct UpBody {
     multiply<kN>(acc, p.weights.k / kSpan, ring, place);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
-    const int* pairs =
-        p.columns + static_cast<u64>(item().list) * p.list_pairs + item().first;
+    const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
+    const int* pairs = p.columns + first_column;
+    const int* rows = p.rows + first_column;
     const int row_tile = (item().block * 2 + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
@@ -105,7 +122,7 @@ struct UpBody {
       }
     }
     if constexpr (kDynamic) {
-      finish_tile(pairs, width);
+      finish_tile(pairs, rows, width);
       return;
     }
     // Rows of features together: a pair's row of q is written in pieces of 16 bytes.
@@ -114,23 +131,22 @@ struct UpBody {
     const int piece = thread % kPieces;
     for (int c = thread / kPieces; c < item().count; c += 128 / kPieces) {
       if (piece * 16 < tiles * 32) {
-        *reinterpret_cast<uint4*>(p.q + static_cast<u64>(pairs[c]) * width + row_tile * 32 +
-                                  piece * 16) =
+        *reinterpret_cast<uint4*>(q_piece(p, rows[c], row_tile * 32 + piece * 16)) =
             *reinterpret_cast<const uint4*>(gather + c * kPitch + piece * 16);
       }
     }
     named_sync(1 + wg, 128);
   }
 
-  __device__ __forceinline__ void finish_tile(const int* pairs, int width) {
+  __device__ __forceinline__ void finish_tile(const int* pairs, const int* rows, int width) {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
     const int arrivals = 2 * ((p.weights.rows / 64 + kRowTiles - 1) / kRowTiles);
     if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
     for (int c = thread >> 5; c < item().count; c += 4) {
       const u64 pair = pairs[c];
-      u8* q = p.q + pair * width;
+      const int row = rows[c];
       const float scale = quantize_row(p.inner + pair * width, width, [&](int i, u32 four) {
-        *reinterpret_cast<u32*>(q + i) = four;
+        *reinterpret_cast<u32*>(q_piece(p, row, i)) = four;
       });
       if ((thread & 31) == 0) p.q_row_scale[pair] = scale;
     }

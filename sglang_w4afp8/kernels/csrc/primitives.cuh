@@ -46,6 +46,22 @@ __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {
       "r"(rank)
       : "memory");
 }
+// The same, and what this thread has written is seen by who waits there for the cluster.
+__device__ __forceinline__ void barrier_release_at(u32 bar, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(bar),
+      "r"(rank)
+      : "memory");
+}
+// The same word of shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ void store_at(u32 address, u32 value, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+      "st.shared::cluster.u32 [there], %1;\n}\n" ::"r"(address),
+      "r"(value), "r"(rank)
+      : "memory");
+}
 // All threads of the cluster that have not exited; whole warps.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
@@ -65,6 +81,19 @@ __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   while (!barrier_try(bar, parity)) {
   }
+}
+// Then sees what another CTA of the cluster has released.
+__device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
+  u32 done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+  } while (done == 0);
 }
 // Named barrier of one group of `threads` threads; 0 is __syncthreads'.
 __device__ __forceinline__ void named_sync(int id, int threads) {
@@ -93,12 +122,13 @@ __device__ __forceinline__ void bulk_copy(u32 dst, const void* src, u32 bytes, u
       "l"(src), "r"(bytes), "r"(bar)
       : "memory");
 }
-// To the same place of both CTAs of a cluster, counted by the same barrier of each.
-__device__ __forceinline__ void bulk_copy_to_both(u32 dst, const void* src, u32 bytes, u32 bar) {
+// To the same place of all CTAs of a cluster, counted by the same barrier of each.
+__device__ __forceinline__ void bulk_copy_to_all(u32 dst, const void* src, u32 bytes, u32 bar,
+                                                 u32 ctas) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
-      "l"(src), "r"(bytes), "r"(bar), "h"(static_cast<u16>(3))
+      "l"(src), "r"(bytes), "r"(bar), "h"(static_cast<u16>((1u << ctas) - 1))
       : "memory");
 }
 __device__ __forceinline__ void async_copy16(u32 dst, const void* src) {
@@ -164,11 +194,33 @@ __device__ __forceinline__ u32 lds32(u32 address) {
   return v;
 }
 
+__device__ __forceinline__ void sts32(u32 address, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
 // ---- numbers ------------------------------------------------------------------------------------
 __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(u32 pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
+  u32 r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+__device__ __forceinline__ float half_low(u32 pair) {
+  float r;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}"
+      : "=f"(r)
+      : "r"(pair));
+  return r;
+}
+__device__ __forceinline__ float half_high(u32 pair) { return half_low(pair >> 16); }
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

@@ -362,10 +362,10 @@ def most_tokens(layer: Layer, sms: int) -> int:
     ones are chosen only while there are fewer of them than experts. And the CTAs that sort for
     ``prefill`` wait for each other, so all must be resident, two to an SM.
     """
-    from sglang_w4afp8.kernels.hopper.plan_prefill import SORT_PAIRS
+    from sglang_w4afp8.kernels.hopper.plan_prefill import most_prefill_tokens
 
     counted = (COUNTERS - 4 * sms - 2 * layer.experts) * TILE_TOKENS[-1]
-    return min(counted, 2 * sms * SORT_PAIRS) // layer.top_k
+    return min(counted // layer.top_k, most_prefill_tokens(layer, sms))
 
 
 def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
@@ -380,8 +380,9 @@ def kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
     if takes_prefill(layer, UNLIMITED):
         from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
-        for some in (1, tokens):  # gate and up without and with clusters
-            found |= {launch.kernel: None for launch in plan_prefill(layer, some, sms).launches}
+        for power in range(22):  # sizes of lists and clusters change between them
+            for some in (1 << power, 3 << power):
+                found |= {launch.kernel: None for launch in plan_prefill(layer, some, sms).launches}
     return tuple(found)
 
 

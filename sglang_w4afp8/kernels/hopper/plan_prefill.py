@@ -54,6 +54,21 @@ MAX_TOP_K = 8 * WARP_TOKENS[0]
 """A warp lists the contributions of its tokens, of at least one, before it adds them up."""
 SUMMED_BYTES = 8
 MAX_SLICE_BLOCKS = 8
+OWN_MOST_K = 256
+"""Longest K for which CTAs own outputs: what they read grows with it."""
+OWN_TOKENS = (256, 512, 1024)
+"""Most tokens whose sums a CTA has, 128 KB of FP16."""
+OWN_USUAL_COLUMNS = 32
+"""Tokens of a list that an expert should have: the more, the less is decoding weights for each."""
+OWN_MOST_COLUMNS = 48
+"""Of a step; an expert with more tokens in a list takes several."""
+OWN_CLUSTERS = (2, 1)
+"""CTAs of it that share weights, where there are as many lists. Measured on an H100: four are slower,
+as each waits for the slowest."""
+OWN_WARPGROUPS = 3
+OWN_MOST_SLOTS = 12
+OWN_TOKEN_SLOTS = ((12, 6), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
+"""Slots for tokens, and the warps that fill them: a slot has always the same one."""
 MAX_RING = 8
 
 
@@ -66,24 +81,38 @@ class Lists:
         tokens: of a list; the last may have fewer.
         max_tiles: room for tiles in a list.
         together: an expert has a multiple of so many tiles, the last perhaps without tokens.
+        parts: CTAs of route that sort a list; the last list may need fewer.
     """
 
     count: int
     tokens: int
     max_tiles: int
+    parts: int
     together: int = 1
 
     @classmethod
-    def of(cls, layer: Layer, tokens: int, most_pairs: int, together: int = 1) -> Lists:
-        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list."""
-        step = SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+    def of(
+        cls, layer: Layer, tokens: int, most_pairs: int, together: int = 1, part_tokens: int = 0
+    ) -> Lists:
+        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list.
+
+        Args:
+            layer: the sizes.
+            tokens: M.
+            most_pairs: of a list.
+            together: see the class.
+            part_tokens: that a CTA sorts; 0: as many as have :data:`SORT_PAIRS` pairs, if need be
+                with a token's pairs in two CTAs.
+        """
+        step = part_tokens or SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
+        part_pairs = part_tokens * layer.top_k or SORT_PAIRS
         most = max(step, most_pairs // layer.top_k // step * step)
         # Of about the same size: the tiles of a short last list would be the emptiest.
         share = -(-tokens // -(-tokens // most))
         size = min(tokens, -(-share // step) * step)
         pairs = size * layer.top_k
         most_tiles = min(pairs * together, layer.experts * together + pairs // TILE_TOKENS)
-        return cls(-(-tokens // size), size, most_tiles, together)
+        return cls(-(-tokens // size), size, most_tiles, -(-pairs // part_pairs), together)
 
 
 @dataclass(frozen=True)
@@ -93,15 +122,17 @@ class PrefillPlan:
     Attributes:
         launches: route, up, down.
         sorters: CTAs of route that sort.
+        part_pairs: pairs that such a CTA sorts.
         up: lists of gate and up.
         down: lists of down, and of the sums.
-        slices: parts of the outputs.
+        slices: parts of the outputs; 0 where CTAs own outputs (prefill_own_down.cu).
         slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
         warp_tokens: tokens that a warp of ``down`` adds up at a time.
     """
 
     launches: tuple[Launch, Launch, Launch]
     sorters: int
+    part_pairs: int
     up: Lists
     down: Lists
     slices: int
@@ -117,10 +148,12 @@ def _cluster(layer: Layer, tokens: int, sms: int) -> int:
     """
     whole_blocks = layer.up.rows // ROW_TILE % 4 == 0 and sms % CLUSTER == 0
     many = tokens * layer.top_k >= CLUSTER_PAIRS * layer.experts
-    return CLUSTER if whole_blocks and many else 1
+    # With scales of tokens two sums of 128 columns leave too few registers.
+    return CLUSTER if whole_blocks and many and not layer.dynamic else 1
 
 
-def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1) -> Launch:
+def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1, panel: int = 0) -> Launch:
+    """``panel``: columns of a panel of q where CTAs of down own outputs, else 0."""
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
@@ -148,10 +181,112 @@ def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1) -> Launch:
             ("W4_PER_WG", per_wg),
             ("W4_DYNAMIC", int(layer.dynamic)),
             *((("W4_CLUSTER", cluster),) if cluster > 1 else ()),
+            *((("W4_PANEL", panel),) if up else ()),
         ),
     )
     shared = fixed + ring * stage
     return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
+
+
+def _own_cluster(lists: int) -> int:
+    return next(size for size in OWN_CLUSTERS if lists >= size)
+
+
+def own_steps(layer: Layer, most: int, cluster: int, columns: int) -> int:
+    """Most steps of a job: an expert has as many as the fullest of ``cluster`` lists needs.
+
+    Args:
+        layer: the sizes.
+        most: tokens of a list.
+        cluster: lists whose CTAs share weights.
+        columns: of a step.
+    """
+    return layer.experts + cluster * -(-most * layer.top_k // columns)
+
+
+def _own_parts(layer: Layer, most: int) -> int:
+    return -(-most * layer.top_k // SORT_PAIRS)
+
+
+def own_tokens(layer: Layer) -> int:
+    """Most tokens of a list whose sums a CTA owns; 0 where K is too long for that."""
+    if layer.down.k > OWN_MOST_K or layer.down.stage_k != layer.down.k:
+        return 0
+    # About OWN_USUAL_COLUMNS tokens of a list have an expert.
+    most = min(OWN_TOKENS[-1], max(64, OWN_USUAL_COLUMNS * layer.experts // layer.top_k))
+    step = _own_parts(layer, most) * 8
+    return most // step * step
+
+
+def most_prefill_tokens(layer: Layer, sms: int) -> int:
+    """The largest M for which all CTAs that sort are resident, two to an SM."""
+    most = own_tokens(layer)
+    if most == 0:
+        return 2 * sms * SORT_PAIRS // layer.top_k
+    lists = 2 * sms // _own_parts(layer, most)
+    return lists // OWN_CLUSTERS[0] * OWN_CLUSTERS[0] * most
+
+
+def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None:
+    """The launch whose CTAs own outputs, and its lists; None where K is too long."""
+    shape, group = layer.down, layer.inner_group
+    most = own_tokens(layer)
+    if most == 0:
+        return None
+    lists = -(-tokens // most)
+    cluster = _own_cluster(lists)
+    lists = -(-lists // cluster) * cluster
+    parts = _own_parts(layer, most)
+    size = -(-tokens // (lists * parts * 8)) * parts * 8
+    most = next(most for most in OWN_TOKENS if most >= size)
+    # A step has as many columns as nearly every expert has tokens in a list.
+    usual = most * layer.top_k / layer.experts
+    columns = min(OWN_MOST_COLUMNS, max(16, -(-int(usual + 2.5 * usual**0.5) // 8) * 8))
+    stage = shape.k * 32 + shape.k // group * 128
+    fixed = (
+        ALIGNMENT
+        + 256
+        + (most + 1) * ROW_TILE * 2
+        + 2 * most
+        + 2 * own_steps(layer, most, cluster, columns) * 4
+        + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
+        + 1024
+    )
+    token_slot = columns * (shape.k + 2 * 8) + BARRIER_BYTES
+    room = CTA_SHARED_BYTES - fixed
+    slots = room // (stage + BARRIER_BYTES + token_slot)
+    token_slots, token_warps = next(pair for pair in OWN_TOKEN_SLOTS if pair[0] <= slots)
+    slots = min((room - token_slots * token_slot) // (stage + BARRIER_BYTES), OWN_MOST_SLOTS)
+    kernel = Kernel(
+        "prefill_own_down.cu",
+        "w4a8_prefill_own_down",
+        (
+            ("W4_K", shape.k),
+            ("W4_TILES", shape.tiles),
+            ("W4_GROUP", group),
+            ("W4_MINUS_EIGHT", int(layer.minus_eight)),
+            ("W4_DYNAMIC", int(layer.dynamic)),
+            ("W4_WGS", OWN_WARPGROUPS),
+            ("W4_CLUSTER", cluster),
+            ("W4_TOKENS", columns),
+            ("W4_MOST_TOKENS", most),
+            ("W4_WEIGHT_SLOTS", slots),
+            ("W4_TOKEN_SLOTS", token_slots),
+            ("W4_TOKEN_WARPS", token_warps),
+        ),
+    )
+    shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
+    grid = sms // cluster * cluster
+    threads = (OWN_WARPGROUPS + 2) * 128
+    return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
+        -(-tokens // size), size, 0, parts
+    )
+
+
+def _route(tokens: int, sorters: int, experts: int) -> Launch:
+    """``experts``: whose scales are looked through, a CTA each."""
+    kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
+    return Launch(kernel, (sorters + -(-tokens // ROUTE_ROWS) + experts, 1), ROUTE_THREADS)
 
 
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
@@ -175,6 +310,25 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
             ],
         )
     cluster = _cluster(layer, tokens, sms)
+    own = _own_down(layer, tokens, sms)
+    if own is not None:
+        launch, lists = own
+        part_tokens = lists.tokens // lists.parts
+        sorters = -(-tokens // part_tokens)
+        return PrefillPlan(
+            launches=(
+                _route(tokens, sorters, layer.experts),
+                _matrix(layer, sms, True, cluster, 64 if layer.inner % 128 else 128),
+                launch,
+            ),
+            sorters=sorters,
+            part_pairs=part_tokens * layer.top_k,
+            up=Lists.of(layer, tokens, UP_LIST_PAIRS, cluster, part_tokens),
+            down=lists,
+            slices=0,
+            slice_blocks=0,
+            warp_tokens=0,
+        )
     up = Lists.of(layer, tokens, UP_LIST_PAIRS, cluster)
     down = Lists.of(layer, tokens, SLICE_PAIRS)
     blocks = -(-layer.hidden // 256)
@@ -183,14 +337,14 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     all_tokens = min(blocks, slice_blocks) * down.tokens // CONSUMER_WARPS
     warp_tokens = next((n for n in WARP_TOKENS if all_tokens // n >= sms), WARP_TOKENS[-1])
     sorters = -(-tokens * layer.top_k // SORT_PAIRS)
-    route = Launch(
-        Kernel("prefill_route.cu", "w4a8_prefill_route"),
-        (sorters + -(-tokens // ROUTE_ROWS), 1),
-        ROUTE_THREADS,
-    )
     return PrefillPlan(
-        launches=(route, _matrix(layer, sms, True, cluster), _matrix(layer, sms, False)),
+        launches=(
+            _route(tokens, sorters, 0),
+            _matrix(layer, sms, True, cluster),
+            _matrix(layer, sms, False),
+        ),
         sorters=sorters,
+        part_pairs=SORT_PAIRS,
         up=up,
         down=down,
         slices=-(-blocks // slice_blocks),

@@ -1,0 +1,282 @@
+// Down of the prefill path for a short K: w2 times the FP8 products, summed over experts where they
+// are made.
+//
+// A CTA owns 64 outputs of one list of at most W4_MOST_TOKENS tokens at a time. It goes through the
+// experts in order, reads those 64 rows of each, and adds every pair's result, times its combine weight,
+// to its token's sum in shared memory: nothing but the output is written to memory, and results do not
+// depend on timing. Sums are FP16, so that there is room for many tokens, times a power of two for each
+// token which keeps them finite whatever the input (describe_sums). Weights would be read once for every list, so W4_CLUSTER CTAs with
+// different lists and the same rows form a cluster and a stage of weights is sent to all of them.
+//
+// Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
+// every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by expert.
+// W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
+#include "prefill_own.cuh"
+
+// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last user
+// must be done, or the wait would lag two phases behind: with few slots that is known only later.
+constexpr bool kEarly = kWeightSlots >= 2 * kWgs;
+
+struct OwnBody {
+  const PrefillOwnParams& p;
+  const Shared& s;
+  u32 rank;
+  int wg, warp, lane;  // warp: of the warpgroup
+  u32 turns = 0;       // that this warpgroup has had
+  uint4 codes[kK / 64];  // of the next step
+  u32 scales[kGroups];
+
+  template <int kN>
+  __device__ __forceinline__ void run(const u32 (&a)[kK / 8], u32 number, bool another,
+                                      bool twice) {
+    float v[kN / 2];
+    multiply<kN>(v, a, s.tokens(number % kTokenSlots));
+    // Tokens may be overwritten. What columns are is not before kTokenSlots further steps, and
+    // those wait for this one's turn to pass.
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
+    if (kEarly && another) load(number + kWgs);
+    add<kN>(v, s.meta(number % kMetaSlots), twice);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void multiply(float (&v)[kN / 2], const u32 (&a)[kK / 8],
+                                           u32 tokens) {
+    const u64 b = panel_descriptor(tokens);
+    constexpr int kTogether = kGroups <= 2 ? kGroups : 1;
+#pragma unroll
+    for (int begin = 0; begin < kGroups; begin += kTogether) {
+      float part[kTogether][kN / 2];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) pin(part[i]);
+      mma_fence();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSteps; ++j) {
+          const int at = (begin + i) * kSteps + j;
+          Mma<kN>::issue(part[i], a[4 * at], a[4 * at + 1], a[4 * at + 2], a[4 * at + 3],
+                         b + column_step(at), j);
+        }
+      }
+      mma_commit();
+      mma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        pin(part[i]);
+        const float s0 = bf16_low(scales[begin + i]), s1 = bf16_high(scales[begin + i]);
+#pragma unroll
+        for (int c = 0; c < kN / 2; ++c) {
+          const float by = c & 2 ? s1 : s0;
+          v[c] = begin + i == 0 ? part[i][c] * by : v[c] + part[i][c] * by;
+        }
+      }
+    }
+  }
+
+  // To the sums of the tokens. Columns without a pair have a row of their own that nobody reads. As
+  // little as can be is done while it is this warpgroup's turn.
+  template <int kN>
+  __device__ __forceinline__ void add(const float (&v)[kN / 2], u32 meta, bool twice) {
+    const int g = lane >> 2, q = lane & 3;
+    const u32 mine = warp * 32 + g * 4;
+    u32 at[kN / 4], more[kN / 4];
+#pragma unroll
+    for (int b = 0; b < kN / 8; ++b) {
+      const uint4 m = lds128(meta + b * 64 + q * 16);
+      const float w0 = __uint_as_float(m.y), w1 = __uint_as_float(m.w);
+      at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b] * w0, v[4 * b + 2] * w0);
+      at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
+    }
+#pragma unroll
+    for (int c = 0; c < kN / 4; ++c) more[c] = kept(more[c]);
+    wait_turn();
+    if (!twice) {
+      u32 old[kN / 4];
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) old[c] = lds32(at[c]);
+#pragma unroll
+      for (int c = 0; c < kN / 4; ++c) sts32(at[c], add_halves(old[c], more[c]));
+      return;
+    }
+    // Two columns may be the same token: one after the other.
+#pragma unroll
+    for (int b = 0; b < kN / 8; ++b) {
+      for (int turn = 0; turn < 4; ++turn) {
+        if (turn == q) {
+          sts32(at[2 * b], add_halves(lds32(at[2 * b]), more[2 * b]));
+          sts32(at[2 * b + 1], add_halves(lds32(at[2 * b + 1]), more[2 * b + 1]));
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void wait_turn() { barrier_wait(s.turn(wg, warp), turns & 1); }
+  __device__ __forceinline__ void pass_turn() {
+    ++turns;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
+  }
+
+  // Weights of step `number`, counted over all jobs. Their slot is free for its next user then, and
+  // expects it.
+  __device__ __forceinline__ void load(u32 number) {
+    const int thread = warp * 32 + lane;
+    const u32 slot = number % kWeightSlots, full = s.weights_full(slot);
+    const u32 w = s.weights(slot) + thread * 16;
+    const u32 scale_at = s.weights(slot) + kTileBytes + (warp * 8 + (lane >> 2)) * 4;
+    barrier_wait(full, number / kWeightSlots & 1);
+#pragma unroll
+    for (int i = 0; i < kK / 64; ++i) codes[i] = lds128(w + i * 2048);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
+    if (thread == 0) barrier_expect(full, kStageBytes);
+    __syncwarp();
+    if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+  }
+
+  // A step whose weights are loaded; and then those of the next one, if it is of the same job.
+  __device__ __forceinline__ void take(Step step, u32 number, bool another, bool twice) {
+    u32 a[kK / 8];
+#pragma unroll
+    for (int i = 0; i < kK / 64; ++i) {
+      const uint4 v = codes[i];
+      decode_int4<kMinusEight>(v.x, a[8 * i + 0], a[8 * i + 1]);
+      decode_int4<kMinusEight>(v.y, a[8 * i + 2], a[8 * i + 3]);
+      decode_int4<kMinusEight>(v.z, a[8 * i + 4], a[8 * i + 5]);
+      decode_int4<kMinusEight>(v.w, a[8 * i + 6], a[8 * i + 7]);
+    }
+    // Decoded before the wait and before the matrix unit owns any registers.
+#pragma unroll
+    for (int i = 0; i < kK / 8; ++i) a[i] = kept(a[i]);
+    const u32 at = number % kTokenSlots;
+    barrier_wait(s.tokens_full(at), number / kTokenSlots & 1);
+    const int count = uniform(step.count());
+    if (count == 0) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.tokens_empty(at));
+      if (kEarly && another) load(number + kWgs);
+      wait_turn();
+    } else if (count <= 8) {
+      run<8>(a, number, another, twice);
+    } else if (count <= 16) {
+      run<16>(a, number, another, twice);
+    } else if (count <= 24) {
+      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
+    } else if (count <= 32) {
+      if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
+    } else if (count <= 40) {
+      if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
+    } else {
+      if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
+    }
+    pass_turn();
+    if (!kEarly && another) load(number + kWgs);
+  }
+
+  // The sums of a list's tokens to memory; they are zero after it.
+  __device__ __forceinline__ void finish(const Job& job, u32 exponents) {
+    const int tid = threadIdx.x;
+    named_sync(1, kConsumers);
+    const int first = job.list * p.list_tokens;
+    const int count = max(0, min(p.list_tokens, p.tokens - first)) * 8;
+    constexpr int kAtOnce = 4;  // pieces of 8 outputs
+    for (int begin = tid; begin < count; begin += kAtOnce * kConsumers) {
+      uint4 v[kAtOnce];
+      u32 exponent[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * kConsumers, t = i >> 3;
+        if (i < count) {
+          v[j] = lds128((s.sums + sum_offset(t)) ^ ((i & 7) * 16));
+          exponent[j] = load_exponent(exponents + t);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = begin + j * kConsumers, t = i >> 3;
+        if (i < count) {
+          sts128((s.sums + sum_offset(t)) ^ ((i & 7) * 16), make_uint4(0, 0, 0, 0));
+          store(job.tile, first + t, i & 7, v[j], p.factor * scaling_back(exponent[j]));
+        }
+      }
+    }
+    named_sync(1, kConsumers);
+  }
+
+  // Eight outputs of a token.
+  __device__ __forceinline__ void store(int tile, int token, int piece, uint4 v, float by) {
+    auto two = [&](u32 halves) { return pack_bf16(half_low(halves) * by, half_high(halves) * by); };
+    const u32 r[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
+    u16* out = p.out + static_cast<u64>(static_cast<u32>(token)) * static_cast<u32>(p.weights.rows);
+    if constexpr (kLayoutTiles == 1) {
+      *reinterpret_cast<uint4*>(out + tile * 64 + piece * 8) = make_uint4(r[0], r[1], r[2], r[3]);
+    } else {
+      // A warpgroup's row tiles interleave (hopper/layout.py, _row_order).
+      const int row = tile / kLayoutTiles * kLayoutTiles * 64 + tile % kLayoutTiles * 2;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void consume() {
+    for (u32 i = threadIdx.x; i < (kMostTokens + 1) * 8; i += kConsumers) {
+      sts128(s.sums + i * 16, make_uint4(0, 0, 0, 0));
+    }
+    named_sync(1, kConsumers);
+    u32 number = 0;  // steps of the jobs before
+    int own = wg;    // next step of this warpgroup, in the job
+    for (int n = 0;; ++n) {
+      barrier_wait(s.table_full(n & 1), n >> 1 & 1);
+      const Job job = *s.job(n & 1);
+      if (job.steps < 0) return;
+      const Step* steps = s.steps(n & 1);
+      if (own < job.steps) load(number + own);
+      for (; own < job.steps; own += kWgs) {
+        take(steps[own], number + own, own + kWgs < job.steps, job.twice != 0);
+      }
+      own -= job.steps, number += job.steps;
+      finish(job, s.exponents(n & 1));
+      __syncwarp();
+      if (lane == 0) barrier_arrive(s.table_empty(n & 1));
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+#if W4_CLUSTER > 1
+__cluster_dims__(W4_CLUSTER, 1, 1)
+#endif
+    w4a8_prefill_own_down(const __grid_constant__ PrefillOwnParams p) {
+  extern __shared__ __align__(128) u8 shared[];
+  const Shared s = Shared::of(shared, p.max_steps);
+  if (threadIdx.x == 0) s.set_up();
+  __syncthreads();
+  if constexpr (kCluster > 1) cluster_sync();
+  pdl_wait();
+  pdl_trigger();
+  const u32 rank = blockIdx.x % kCluster;
+  if (threadIdx.x >= kConsumers) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    const int warp = (threadIdx.x - kConsumers) >> 5;
+    if (warp == 0) {
+      describe_jobs(p, s, rank);
+    } else if (warp == 1) {
+      produce_weights(p, s, rank);
+    } else if (warp < 2 + kTokenWarps) {
+      produce_tokens(p, s, warp - 2);
+    }
+  } else {
+    // What the launch gave and producers gave back: 640 threads of 96, or 768 of 80.
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
+    const int thread = threadIdx.x & 127;
+    OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
+                 kept(thread & 31), 0, {}, {}};
+    body.consume();
+  }
+  __syncwarp();
+  if constexpr (kCluster > 1) cluster_sync();  // others may still write or arrive here
+}
