@@ -213,7 +213,8 @@ def own_tokens(layer: Layer) -> int:
     if layer.down.k > OWN_MOST_K or layer.down.stage_k != layer.down.k:
         return 0
     # About OWN_USUAL_COLUMNS tokens of a list have an expert.
-    most = min(OWN_TOKENS[-1], max(64, OWN_USUAL_COLUMNS * layer.experts // layer.top_k))
+    usual = OWN_USUAL_COLUMNS * layer.experts // layer.top_k
+    most = min(OWN_TOKENS[-1], max(OWN_TOKENS[1], usual))
     step = _own_parts(layer, most) * 8
     return most // step * step
 
