@@ -13,6 +13,14 @@
 // W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
 #include "prefill_own.cuh"
 
+// Waits until all lanes have `value`.
+__device__ __forceinline__ void vote_on(u32 value) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0;\nvote.sync.any.pred p, p, 0xffffffff;\n}\n" ::"r"(
+          value)
+      : "memory");
+}
+
 // Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last user
 // must be done, or the wait would lag two phases behind: with few slots that is known only later.
 constexpr bool kEarly = kWeightSlots >= 2 * kWgs;
@@ -132,7 +140,9 @@ struct OwnBody {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
     if (thread == 0) barrier_expect(full, kStageBytes);
-    __syncwarp();
+    // Loads return in order. The last one's value must be there before another CTA hears of it: an
+    // arrival there is not ordered behind loads here.
+    vote_on(scales[kGroups - 1]);
     if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
   }
 
