@@ -2,11 +2,12 @@
 // are made.
 //
 // A CTA owns 64 outputs of one list of at most W4_MOST_TOKENS tokens at a time. It goes through the
-// experts in order, reads those 64 rows of each, and adds every pair's result, times its combine weight,
-// to its token's sum in shared memory: nothing but the output is written to memory, and results do not
-// depend on timing. Sums are FP16, so that there is room for many tokens, times a power of two for each
-// token which keeps them finite whatever the input (describe_sums). Weights would be read once for every list, so W4_CLUSTER CTAs with
-// different lists and the same rows form a cluster and a stage of weights is sent to all of them.
+// experts in order, reads those 64 rows of each, and adds every pair's result, times its combine
+// weight, to its token's sum in shared memory: nothing but the output is written to memory, and
+// results do not depend on timing. Sums are FP16, so that there is room for many tokens, times a
+// power of two for each token which keeps them finite whatever the input (describe_sums). Weights
+// would be read once for every list, so W4_CLUSTER CTAs with different lists and the same rows form
+// a cluster and a stage of weights is sent to all of them.
 //
 // Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
 // every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by expert.
@@ -21,8 +22,9 @@ __device__ __forceinline__ void vote_on(u32 value) {
       : "memory");
 }
 
-// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last user
-// must be done, or the wait would lag two phases behind: with few slots that is known only later.
+// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last
+// user must be done, or the wait would lag two phases behind: with few slots that is known only
+// later.
 constexpr bool kEarly = kWeightSlots >= 2 * kWgs;
 
 struct OwnBody {

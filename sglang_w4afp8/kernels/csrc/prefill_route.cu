@@ -7,8 +7,8 @@
 // does not depend on its neighbours, and sums are taken in the order of k. prefill_own_down.cu takes
 // them in the order of experts: pairs keep theirs where a token names an expert twice.
 //
-// Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows how
-// large sums can become.
+// Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows
+// how large sums can become.
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
@@ -59,14 +59,14 @@ struct PrefillRouteParams {
   Lists up, down;        // down.count is 0 where both kernels use the same lists
   Own own;
   u32* counts;           // (sorters, kMaxExperts)
-  u32* arrived;          // sorters that have published, zero before; the next kernel makes it zero again
+  u32* arrived;          // sorters that have published, zero before; the next kernel zeroes it
   int* place;            // (pairs) a pair's place in its list of down, or -1
   u32* zeros;            // counters of the kernels that follow
   int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
 };
 
-// A row of q in the order of down's list, and its number among the expert's rows there modulo 8: rows
-// are swizzled in memory as the matrix unit wants them, so that down copies many at once.
+// A row of q in the order of down's list, and its number among the expert's rows there modulo 8:
+// rows are swizzled in memory as the matrix unit wants them, so that down copies many at once.
 __device__ __forceinline__ int q_row(u64 row, int of_expert) {
   return static_cast<int>(row) | (of_expert & 7) << 28;
 }

@@ -1,7 +1,7 @@
 // Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 //
-// See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a
-// tile quantises its rows (W4_DYNAMIC=1).
+// See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32
+// and whoever completes a tile quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
 #include "units.cuh"
 
@@ -30,8 +30,9 @@ struct PrefillUpParams {
   int q_rows;
 };
 
-// Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels, q_rows,
-// panel), and 16-byte pieces of a row are where the matrix unit wants them: swizzled by its number.
+// Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels,
+// q_rows, panel), and 16-byte pieces of a row are where the matrix unit wants them: swizzled by its
+// number.
 __device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 column) {
   if constexpr (kOutPanel == 0) {
     return p.q + static_cast<u64>(row) * (p.weights.rows / 2) + column;

@@ -75,7 +75,7 @@ class _DownParams(ctypes.Structure):
 
 
 class _OwnDownParams(ctypes.Structure):
-    """``PrefillOwnParams`` in prefill_own.cuh."""
+    """``PrefillOwnParams`` in prefill_own_jobs.cuh."""
 
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),

@@ -65,8 +65,8 @@ OWN_USUAL_COLUMNS = 32
 OWN_MOST_COLUMNS = 48
 """Of a step; an expert with more tokens in a list takes several."""
 OWN_CLUSTERS = (2, 1)
-"""CTAs of it that share weights, where there are as many lists. Measured on an H100: four are slower,
-as each waits for the slowest."""
+"""CTAs of it that share weights, where there are as many lists. Measured on an H100: four are
+slower, as each waits for the slowest."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_TOKEN_SLOTS = ((12, 6), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
