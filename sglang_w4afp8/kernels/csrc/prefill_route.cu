@@ -125,11 +125,19 @@ __device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int p
 __device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
                             const int (&expert)[kMine]) {
   bool twice = false;
+  const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
+#pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
-    if (pair >= end || expert[i] < 0) continue;
-    for (int other = pair / p.own.top_k * p.own.top_k; other < pair; ++other) {
-      twice |= expert_of(p, other) == expert[i];
+    const bool ours = pair < end && expert[i] >= 0;
+    const int token = pair / p.own.top_k;
+    if (in_warp) {
+      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
+      twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
+    } else if (ours) {
+      for (int other = token * p.own.top_k; other < pair; ++other) {
+        twice |= expert_of(p, other) == expert[i];
+      }
     }
   }
   twice = __syncthreads_or(twice) != 0;
