@@ -18,6 +18,18 @@ from sglang_w4afp8.kernels.hopper.build import CSRC
 SIZES = {"int": 4, "u32": 4, "float": 4}
 
 
+def _read(source: str) -> str:
+    return (CSRC / source).read_text()
+
+
+def c_files(source: str) -> list[str]:
+    """A file and the files of ours that it includes, each once."""
+    found = [source]
+    for name in found:  # grows
+        found += [n for n in re.findall(r'^#include "(.*)"', _read(name), re.M) if n not in found]
+    return found
+
+
 def c_offsets(source: str, struct: str) -> tuple[list[tuple[str, int]], int]:
     """Names and offsets of a struct of ours as C lays them out, with all its ``#if`` parts."""
     text = (CSRC / source).read_text()
@@ -34,8 +46,8 @@ def c_offsets(source: str, struct: str) -> tuple[list[tuple[str, int]], int]:
         elif kind in SIZES:
             size = alignment = SIZES[kind]
         else:  # a struct with pointers in it
-            (home,) = (p for p in CSRC.iterdir() if f"struct {kind} {{" in p.read_text())
-            size, alignment = c_offsets(home.name, kind)[1], 8
+            (home,) = (name for name in c_files(source) if f"struct {kind} {{" in _read(name))
+            size, alignment = c_offsets(home, kind)[1], 8
         for name in names.split(", "):
             at = -(-at // alignment) * alignment
             fields.append((name, at))

@@ -55,7 +55,7 @@ def constants(
     shape = StageShape.of(rows, k, group, source == UP)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
     more = {"W4_MINUS_EIGHT": 1, "W4_PER_WG": per_wg, "W4_DYNAMIC": 0, "W4_CLUSTER": cluster}
-    return c_constants(source, defines | more)
+    return c_constants(source, defines | more | {"W4_PANEL": 0})
 
 
 def stages(

@@ -185,10 +185,13 @@ def test_normal_rows_are_one_expert_to_the_scales() -> None:
         ("route.cu", "RouteParams", launch.RouteParams),
         ("combine.cu", "CombineParams", launch.CombineParams),
         ("prefill.cuh", "Weights", launch_prefill._Weights),
+        ("prefill_own_jobs.cuh", "Weights", launch_prefill._Weights),
         ("prefill_route.cu", "Lists", launch_prefill._Lists),
+        ("prefill_route.cu", "Own", launch_prefill._Own),
         ("prefill_route.cu", "PrefillRouteParams", launch_prefill._RouteParams),
         ("prefill_up.cu", "PrefillUpParams", launch_prefill._UpParams),
         ("prefill_down.cu", "PrefillDownParams", launch_prefill._DownParams),
+        ("prefill_own_jobs.cuh", "PrefillOwnParams", launch_prefill._OwnDownParams),
     ],
 )
 def test_arguments_lie_where_the_kernel_looks(source: str, struct: str, ours: type) -> None:
