@@ -127,7 +127,7 @@ __device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, in
   bool twice = false;
   const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
+  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
     const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
     const bool ours = pair < end && expert[i] >= 0;
     const int token = pair / p.own.top_k;

@@ -67,6 +67,8 @@ OWN_MOST_COLUMNS = 48
 OWN_CLUSTERS = (2, 1)
 """CTAs of it that share weights, where there are as many lists. Measured on an H100: four are
 slower, as each waits for the slowest."""
+OWN_SORTERS = 64
+"""CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_TOKEN_SLOTS = ((12, 6), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
@@ -239,8 +241,12 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
     lists = -(-tokens // most)
     cluster = _own_cluster(lists)
     lists = -(-lists // cluster) * cluster
-    parts = _own_parts(layer, most)
-    size = -(-tokens // (lists * parts * 8)) * parts * 8
+    fewest = _own_parts(layer, most)
+    for split in (4, 2, 1):
+        parts = fewest * split
+        size = -(-tokens // (lists * parts * 8)) * parts * 8
+        if size <= most and (lists * parts <= OWN_SORTERS or split == 1):
+            break
     most = next(most for most in OWN_TOKENS if most >= size)
     # A step has as many columns as nearly every expert has tokens in a list.
     usual = most * layer.top_k / layer.experts
