@@ -1,105 +1,23 @@
 """The prefill path without a GPU: the sort of its pairs.
 
-Constants and most index expressions are the kernels' own (``tests/helpers/kernel_source.py``); the
-statements around them follow ``prefill_route.cu``.
+Constants and most index expressions are the kernels' own: ``tests/helpers/hopper_route.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
+from itertools import groupby, product
 from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_source import c_constants, c_find, c_locals, c_value
+from hopper_route import ROUTE as C
+from hopper_route import Route, cut_tiles
 
 from sglang_w4afp8.kernels.hopper import plan_prefill
-from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan import Layer
+from sglang_w4afp8.kernels.hopper.plan_prefill import Lists
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
-
-C = c_constants("prefill_route.cu", {})
-Tile = tuple[int, int, int]
-
-
-def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
-    """The tiles of one expert's pairs, which begin at ``first``."""
-    scope = {**C, "tokens": tokens, "lists": lists, "tid": expert, "first": first}
-    cut = c_locals("prefill_route.cu", "Tiles of equal size", "least tiles size", scope)
-    text = c_find("prefill_route.cu", ("Tiles of equal size",), "out[i]")
-    text = text.replace("Tile{", "(").replace("}", ")")
-    return [c_value(text, cut | {"i": i})[:3] for i in range(cut["tiles"])]
-
-
-class Route:
-    """``sort_part`` of all blocks; what it writes, as dictionaries from index to value."""
-
-    def __init__(self, ids: list[int], layer: Layer, plan: PrefillPlan) -> None:
-        self.ids, self.plan, self.part = ids, plan, C["kPart"]
-        self.place: dict[int, int] = {}
-        several = plan.up != plan.down
-        kinds = {"up": plan.up} | ({"down": plan.down} if several else {})
-        self.columns: dict[str, dict[int, int]] = {name: {} for name in kinds}
-        self.tiles: dict[str, dict[tuple[int, int], Tile]] = {name: {} for name in kinds}
-        self.header: dict[str, dict[int, int]] = {name: {} for name in kinds}
-        self.parts = {n: -(-one.tokens * layer.top_k // self.part) for n, one in kinds.items()}
-        local = [[e if 0 <= e < layer.experts else -1 for e in part] for part in self.split(ids)]
-        ranks = []
-        self.counts = []
-        for experts in local:
-            count, rank = [0] * MAX_EXPERTS, {}
-            for i in torch.randperm(len(experts)).tolist():  # atomics come in any order
-                if experts[i] >= 0:
-                    rank[i] = count[experts[i]]
-                    count[experts[i]] += 1
-            ranks.append(rank)
-            self.counts.append(count)
-        for part, experts in enumerate(local):
-            begins = {name: self.place_part(name, part) for name in kinds}
-            for i, e in enumerate(experts):
-                pair = part * self.part + i
-                at = -1
-                if e >= 0:
-                    for name, first in begins.items():
-                        p = SimpleNamespace(
-                            **{name: SimpleNamespace(columns=0, parts=self.parts[name])}
-                        )
-                        scope = {**C, "p": p, "part": part, "several": several, "nullptr": 0}
-                        start = c_locals("prefill_route.cu", "void sort_part", name, scope)[name]
-                        at = first[e] + ranks[part][i]
-                        assert start + at not in self.columns[name], "two pairs in one place"
-                        self.columns[name][start + at] = pair
-                self.place[pair] = at
-
-    def split(self, values: list[int]) -> Iterator[list[int]]:
-        for begin in range(0, len(values), self.part):
-            yield values[begin : begin + self.part]
-
-    def place_part(self, name: str, part: int) -> list[int]:
-        lists = SimpleNamespace(parts=self.parts[name], together=getattr(self.plan, name).together)
-        p = SimpleNamespace(sorters=len(self.counts))
-        scope = {**C, "part": part, "lists": lists, "p": p}
-        s = c_locals("prefill_route.cu", "int place_part", "list first_part last_part", scope)
-        first = tile = 0
-        begins = []
-        for tid in range(MAX_EXPERTS):
-            in_list = range(s["first_part"], s["last_part"])
-            tokens = sum(self.counts[i][tid] for i in in_list)
-            before = sum(self.counts[i][tid] for i in in_list if i < part)
-            begins.append(first + before)
-            if tokens and part == s["first_part"]:
-                found = cut_tiles(tid, first, tokens, lists)
-                for i, one in enumerate(found):
-                    key = s["list"], tile + i
-                    assert key not in self.tiles[name]
-                    self.tiles[name][key] = one
-                tile += len(found)
-            first += tokens
-        if part == s["first_part"]:
-            self.header[name][s["list"]] = tile
-        return begins
-
 
 def skewed(pairs: int, experts: int) -> list[int]:
     squares = torch.rand(pairs) ** 4 * experts
@@ -136,6 +54,7 @@ def test_tiles_of_an_expert_are_shared_out(together: int) -> None:
             at += count
 
 
+@pytest.mark.parametrize("inner", [256, 512])  # CTAs of down own outputs, or they do not
 @pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "make"), ROUTES)
 def test_every_pair_is_in_one_tile_of_its_expert(
@@ -144,23 +63,37 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     experts: int,
     make: Callable[[int, int], list[int]],
     together: int,
+    inner: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(tokens)
-    layer = Layer(experts, 7168, 256, 128, 128, top_k, False, False)
+    layer = Layer(experts, 7168, inner, 128, 128, top_k, False, False)
     ids = make(tokens * top_k, experts)
     monkeypatch.setattr(plan_prefill, "UP_LIST_PAIRS", 4096)
     monkeypatch.setattr(plan_prefill, "SLICE_PAIRS", 9000)
     monkeypatch.setattr(plan_prefill, "CLUSTER_PAIRS", 0 if together == 2 else 1 << 30)
+    monkeypatch.setattr(plan_prefill, "CLUSTER_TOKENS", 1 << 30)
     plan = planned(layer, tokens, 132)
     assert (plan.up.together, plan.down.together) == (together, 1)
     found = Route(ids, layer, plan)
-    assert sorted(found.place) == list(range(len(ids)))
+    own = inner == 256
+    assert found.own == own
     local = [pair for pair, e in enumerate(ids) if 0 <= e < experts]
-    assert [found.place[pair] >= 0 for pair in range(len(ids))] == [0 <= e < experts for e in ids]
+    if not own:
+        here = [found.place[pair] >= 0 for pair in range(len(ids))]
+        assert here == [0 <= e < experts for e in ids] and len(found.place) == len(ids)
     for name, columns in found.columns.items():
         lists: Lists = getattr(plan, name)
         list_pairs = lists.tokens * top_k
+        if own and name == "down":
+            seen = []
+            for number, e in product(range(lists.count), range(experts)):
+                for at in range(found.first[number, e], found.first[number, e + 1]):
+                    pair = columns[number * list_pairs + at]
+                    assert ids[pair] == e and pair // list_pairs == number and at < list_pairs
+                    seen.append(pair)
+            assert sorted(seen) == local
+            continue
         assert sorted(found.header[name]) == list(range(lists.count))
         seen = []
         for (number, tile), (expert, first, count) in found.tiles[name].items():
@@ -169,7 +102,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
             for at in range(first, first + count):
                 pair = columns[number * list_pairs + at]
                 assert ids[pair] == expert and pair // list_pairs == number
-                if name == "down" or plan.up == plan.down:
+                if not own and (name == "down" or plan.up == plan.down):
                     assert found.place[pair] == at
                 seen.append(pair)
         assert sorted(seen) == local
