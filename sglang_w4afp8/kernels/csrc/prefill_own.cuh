@@ -3,9 +3,9 @@
 #include "prefill_own_jobs.cuh"
 
 // ---- weights -------------------------------------------------------------------------------------
-// One warp. CTAs of a cluster take steps in turn and send to all.
+// CTAs of a cluster, and kWeightWarps warps in each, take steps in turn and send to all.
 __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const Shared& s,
-                                                u32 rank) {
+                                                u32 rank, u32 part) {
   const int lane = threadIdx.x & 31;
   const u64 w_expert = static_cast<u64>(p.weights.rows) * (kK / 2);
   const u64 s_expert = static_cast<u64>(p.weights.rows) * (kGroups * 2);
@@ -17,7 +17,7 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
     const u8* w = p.weights.w + static_cast<u64>(job.tile) * kTileBytes;
     const u8* scales = p.weights.scales + static_cast<u64>(job.tile) * kTileScaleBytes;
     for (int i = 0; i < job.steps; ++i, ++number) {
-      if (kCluster > 1 && number % kCluster != rank) continue;
+      if (number % (kCluster * kWeightWarps) != rank + kCluster * part) continue;
       const u32 slot = number % kWeightSlots;
       if (number >= kWeightSlots) {
         barrier_wait(s.weights_empty(slot), phases >> slot & 1);

@@ -276,10 +276,10 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
       describe_jobs(p, s, rank);
-    } else if (warp == 1) {
-      produce_weights(p, s, rank);
-    } else if (warp < 2 + kTokenWarps) {
-      produce_tokens(p, s, warp - 2);
+    } else if (warp <= kWeightWarps) {
+      produce_weights(p, s, rank, warp - 1);
+    } else if (warp <= kWeightWarps + kTokenWarps) {
+      produce_tokens(p, s, warp - 1 - kWeightWarps);
     }
   } else {
     // What the launch gave and producers gave back: 640 threads of 96, or 768 of 80.

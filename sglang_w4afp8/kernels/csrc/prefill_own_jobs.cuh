@@ -13,6 +13,7 @@ constexpr int kStageBytes = kTileBytes + kTileScaleBytes;
 constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 256;
 constexpr int kTokenWarps = W4_TOKEN_WARPS;
+constexpr int kWeightWarps = W4_WEIGHT_WARPS;
 constexpr int kMaxExperts = 512;  // as in prefill_route.cu
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
@@ -24,7 +25,9 @@ static_assert(kColumns % 8 == 0 && kColumns <= 48 && kK % kGroup == 0, "");
 // before that: no wait lags two phases behind.
 static_assert(kWeightSlots >= kWgs && kTokenSlots >= kWgs, "");
 // Nor does one of the warp that fills a slot: it is the same warp every time.
-static_assert(kTokenWarps <= 6 && kTokenSlots % kTokenWarps == 0, "");
+static_assert(kTokenSlots % kTokenWarps == 0, "");
+static_assert(kWeightWarps == 1 || kWeightSlots % (kWeightWarps * kCluster) == 0, "");
+static_assert(1 + kWeightWarps + kTokenWarps <= 8, "");
 
 struct Weights {
   const u8* w;       // (E, rows, K / 2) in stage order
@@ -149,7 +152,7 @@ struct Shared {
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(table_full(i), 1);
-      barrier_init(table_empty(i), kConsumers / 32 + 1 + kTokenWarps);
+      barrier_init(table_empty(i), kConsumers / 32 + kWeightWarps + kTokenWarps);
       barrier_init(number_full(i), 1);
       barrier_init(number_empty(i), kCluster);
     }

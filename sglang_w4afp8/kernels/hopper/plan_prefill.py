@@ -71,7 +71,7 @@ OWN_SORTERS = 64
 """CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
-OWN_TOKEN_SLOTS = ((12, 6), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
+OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
 """Slots for tokens, and the warps that fill them: a slot has always the same one."""
 MAX_RING = 8
 
@@ -282,6 +282,7 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
             ("W4_WEIGHT_SLOTS", slots),
             ("W4_TOKEN_SLOTS", token_slots),
             ("W4_TOKEN_WARPS", token_warps),
+            ("W4_WEIGHT_WARPS", 2 if slots % (2 * cluster) == 0 and token_warps < 6 else 1),
         ),
     )
     shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
