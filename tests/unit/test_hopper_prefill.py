@@ -19,6 +19,7 @@ from sglang_w4afp8.kernels.hopper.plan import Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import Lists
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
+
 def skewed(pairs: int, experts: int) -> list[int]:
     squares = torch.rand(pairs) ** 4 * experts
     return squares.int().tolist()

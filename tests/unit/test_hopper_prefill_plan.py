@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 from math import gcd
 from types import SimpleNamespace
@@ -36,6 +37,9 @@ LAYERS = [
     Layer(8, 64, 64, 32, 64, 2, True, True),  # of models for tests
     Layer(8, 128, 320, 128, 32, 4, False, False),
 ]
+OWN = [layer for layer in LAYERS if layer.inner <= plan_prefill.OWN_MOST_K]
+"""Whose CTAs of down own outputs: their third kernel is in test_hopper_prefill_own.py."""
+OLD = [layer for layer in LAYERS if layer not in OWN]
 TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(400, 40_001, 1800)})
 
 
@@ -59,7 +63,11 @@ MAKE_RING = {"shared": 0, "p": SimpleNamespace(ring=0)}
 def test_kernels_fit_the_hardware(layer: Layer) -> None:
     _, *matrix = planned(layer, 1, 132).launches
     matrix.insert(1, planned(layer, 40_000, 132).launches[1])  # with clusters, if it may have them
+    own = matrix[2].kernel.source == "prefill_own_down.cu"
+    assert own == (layer in OWN)
     for up, launch in zip((True, True, False), matrix, strict=True):
+        if own and not up:
+            continue
         c = c_constants(launch.kernel.source, dict(launch.kernel.defines))
         dynamic, static = kernel_bytes(launch.kernel.source, c, launch.ring)
         # A consumer waits for the next stage before it gives the last one back.
@@ -82,38 +90,50 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
     assert route["kPart"] == plan_prefill.SORT_PAIRS and route["kTokens"] == c["kTokens"]
 
 
-def check_lists(lists: Lists, layer: Layer, tokens: int) -> None:
+def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: int) -> None:
+    """``step``: the tokens of a list are a multiple of it."""
     assert (lists.count - 1) * lists.tokens < tokens <= lists.count * lists.tokens
-    assert lists.count == 1 or lists.tokens * layer.top_k % plan_prefill.SORT_PAIRS == 0
+    assert lists.count == 1 or lists.tokens * layer.top_k % part_pairs == 0
+    assert lists.parts == -(-lists.tokens * layer.top_k // part_pairs)
     # Of about one size: no list has more than another and what a CTA sorts.
-    step = plan_prefill.SORT_PAIRS // gcd(plan_prefill.SORT_PAIRS, layer.top_k)
     assert lists.tokens - tokens / lists.count < step
     # Most tiles: a pair for every expert, then 128 more for another tile each; or two for two.
     pairs, both = lists.tokens * layer.top_k, lists.together
     more = max(0, pairs - layer.experts) // (128 * both)
-    assert (min(pairs, layer.experts) + more) * both <= lists.max_tiles
+    assert lists.max_tiles == 0 or (min(pairs, layer.experts) + more) * both <= lists.max_tiles
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_plans_cover_every_token_and_output(layer: Layer) -> None:
     for tokens in TOKENS:
         plan = planned(layer, tokens, 132)
-        check_lists(plan.up, layer, tokens)
-        check_lists(plan.down, layer, tokens)
+        own = plan.slices == 0
+        assert own == (layer in OWN)
+        step = plan_prefill.SORT_PAIRS // gcd(plan_prefill.SORT_PAIRS, layer.top_k)
+        step = plan.part_pairs // layer.top_k if own else step
+        check_lists(plan.up, layer, tokens, plan.part_pairs, step)
+        assert plan.up.max_tiles > 0 and (plan.down.max_tiles == 0) == own
+        step = plan.down.parts * 8 if own else step
+        check_lists(plan.down, layer, tokens, plan.part_pairs, step)
+        assert plan.part_pairs <= plan_prefill.SORT_PAIRS
+        assert 0 <= plan.sorters * plan.part_pairs - tokens * layer.top_k < plan.part_pairs
+        rows = c_constants("prefill_route.cu", {})["kRows"]
+        others = -(-tokens // rows) + (layer.experts if own else 0)
+        assert plan.launches[0].grid[0] == plan.sorters + others
+        if own:
+            continue
+        assert plan.part_pairs == plan_prefill.SORT_PAIRS
         blocks = -(-layer.hidden // 256)
         assert (plan.slices - 1) * plan.slice_blocks < blocks
         assert blocks <= plan.slices * plan.slice_blocks
         # A warp's tokens and the rows of a list share a word.
         assert plan.warp_tokens in plan_prefill.WARP_TOKENS
         assert plan.down.tokens * layer.top_k < 1 << 24
-        assert 0 <= plan.sorters * plan_prefill.SORT_PAIRS - tokens * layer.top_k < 4096
-        rows = c_constants("prefill_route.cu", {})["kRows"]
-        assert plan.launches[0].grid[0] == plan.sorters + -(-tokens // rows)
 
 
 def test_more_experts_per_token_than_a_warp_can_list() -> None:
     most = plan_prefill.MAX_TOP_K
-    layer = Layer(256, 7168, 256, 128, 128, most, False, False)
+    layer = Layer(256, 7168, 512, 128, 128, most, False, False)
     assert planned(layer, 500, 132).down.tokens == 500
     with pytest.raises(BackendError) as caught:
         planned(replace(layer, top_k=most + 1), 500, 132)
@@ -136,13 +156,20 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
         seen.add(cluster)
         pairs = tokens * layer.top_k
         many = pairs >= plan_prefill.CLUSTER_PAIRS * layer.experts
-        assert cluster == (2 if many and whole_blocks and sms % 2 == 0 else 1)
+        many = many and tokens <= plan_prefill.CLUSTER_TOKENS
+        may = whole_blocks and sms % 2 == 0 and not layer.dynamic
+        assert cluster == (2 if many and may else 1)
         assert cluster == 1 or (defines["W4_PER_WG"], defines["W4_TILES"]) == (2, 1)
         assert (found.up.together, found.down.together) == (cluster, 1)
-        assert up.grid[0] % cluster == 0 and "W4_CLUSTER" not in dict(down.kernel.defines)
+        assert up.grid[0] % cluster == 0
+        shared = dict(down.kernel.defines).get("W4_CLUSTER", 1)
+        assert down.grid[0] % shared == 0 and (shared == 1 or layer in OWN)
         # Kernels are built before a graph is captured.
         assert {launch.kernel for launch in found.launches} <= ahead
-    assert seen == ({1, 2} if whole_blocks and sms % 2 == 0 else {1})
+    # 512 experts never have several tiles each before tokens come from memory.
+    few = plan_prefill.CLUSTER_TOKENS * layer.top_k < plan_prefill.CLUSTER_PAIRS * layer.experts
+    may = whole_blocks and sms % 2 == 0 and not layer.dynamic and not few
+    assert seen == ({1, 2} if may else {1})
 
 
 @pytest.mark.parametrize("sms", [78, 114, 132])
@@ -160,22 +187,26 @@ def meta(layer: Layer, tokens: int, plan: PrefillPlan) -> list[ctypes.Structure]
         return torch.empty(shape, device="meta")
 
     scales = [None if layer.dynamic else empty(1)] * 2
-    rest = [empty(tokens, layer.top_k), empty(tokens, layer.top_k), *[empty(1)] * 4, *scales]
+    groups = empty(layer.experts, layer.hidden, layer.inner // layer.inner_group)
+    weights = [*[empty(1)] * 3, groups]
+    rest = [empty(tokens, layer.top_k), empty(tokens, layer.top_k), *weights, *scales]
     t = Tensors(empty(tokens, layer.hidden), *rest, empty(1))
     launched = launch_prefill.launches_prefill(layer, plan, t, empty(1), 2.5)
     return [parameters for _, parameters in launched]
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def room_at(route: ctypes.Structure, address: int | None) -> int:
+    """Bytes of the workspace from an address to the next part."""
+    ends = sorted({*route.workspace.at.values(), route.workspace._memory.numel()})
+    return next(end for end in ends if end > (address or 0)) - (address or 0)
+
+
+@pytest.mark.parametrize("layer", OLD, ids=str)
 def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
     for tokens in (1, 400, 5000, 16_384, 40_000):
         plan = planned(layer, tokens, 132)
         route, up, down = meta(layer, tokens, plan)
-        ends = sorted({*route.workspace.at.values(), route.workspace._memory.numel()})
-
-        def room(address: int | None, ends: list[int] = ends) -> int:
-            return next(end for end in ends if end > (address or 0)) - (address or 0)
-
+        room = partial(room_at, route)
         pairs = tokens * layer.top_k
         c = c_constants("prefill_route.cu", {})
         shared = plan.up == plan.down
@@ -217,3 +248,44 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         size = 256 * down.list_tokens * down.top_k
         assert all(b - a >= size for a, b in pairwise(sorted(buffers)))
         assert min(buffers) == down.y and room(down.y) >= max(buffers) + size - down.y
+
+
+@pytest.mark.parametrize("layer", OWN, ids=str)
+def test_workspace_has_room_for_what_owners_of_outputs_read(layer: Layer) -> None:
+    c = c_constants("prefill_route.cu", {})
+    for tokens in (1, 400, 2049, 5000, 16_384, 40_000):
+        plan = planned(layer, tokens, 132)
+        route, up, down = meta(layer, tokens, plan)
+        room = partial(room_at, route)
+        pairs, rows = tokens * layer.top_k, plan.down.count * plan.down.tokens * layer.top_k
+        own, lists = route.own, route.down
+        assert rows >= pairs and rows < 1 << 28, "q_row has 28 bits for a row"
+        assert (lists.tiles, lists.header, lists.columns) == (None, None, None)
+        assert (lists.count, lists.parts) == (plan.down.count, plan.down.parts)
+        assert (lists.count, lists.parts) == (down.lists, down.parts)
+        assert (down.list_tokens, down.top_k, own.top_k) == (plan.down.tokens, *[layer.top_k] * 2)
+        assert down.list_tokens % down.parts == 0
+        assert route.part_pairs == down.list_tokens // down.parts * layer.top_k == plan.part_pairs
+        for name in ("columns", "twice", "sizes", "largest"):
+            assert getattr(own, name) == getattr(down, name)
+        assert (lists.first, own.rows, up.q) == (down.first, up.rows, down.b)
+        parts = {"xq": route.xq, "rows": own.rows, "columns": own.columns, "twice": own.twice,
+                 "sizes": own.sizes, "largest": own.largest, "first": lists.first,
+                 "up columns": route.up.columns, "q": up.q, "counts": route.counts,
+                 "zeros": route.zeros}  # fmt: skip
+        assert len({*parts.values()}) == len(parts), "two things in one place"
+        assert room(own.columns) >= 8 * rows and room(own.rows) >= 4 * pairs
+        assert room(lists.first) >= 4 * (c["kMaxExperts"] + 1) * lists.count
+        assert room(own.twice) >= 4 * plan.sorters and room(own.sizes) >= 4 * pairs
+        assert room(own.largest) >= 4 * layer.experts == 4 * down.experts
+        assert own.expert_scales == layer.hidden * layer.inner // layer.inner_group
+        assert own.expert_scales % 8 == 0, "read eight at a time"
+        assert room(up.q) >= rows * layer.inner and (up.q_rows, down.b_rows) == (rows, rows)
+        assert up.q_row_scale == down.b_scale or not layer.dynamic
+        # Counters, made zero by route: two claims, and tiles with dynamic scales.
+        assert down.claimed == (up.claimed or 0) + 4 and up.tile_count == down.claimed + 4
+        tiles = up.lists * up.max_tiles * layer.dynamic
+        assert (route.zeros or 0) + 4 * route.zero_count == up.tile_count + 4 * tiles
+        assert room(route.zeros) >= 4 * route.zero_count
+        assert (up.lists, up.list_pairs) == (plan.up.count, plan.up.tokens * layer.top_k)
+        assert up.lists == 1 or up.list_pairs % plan.part_pairs == 0
