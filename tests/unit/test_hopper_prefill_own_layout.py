@@ -1,0 +1,246 @@
+"""Down whose CTAs own outputs, without a GPU: rows of q, sums and outputs, by address.
+
+Index expressions are the kernels' own. What they are held against: wgmma's operands as the PTX ISA
+has them, and the order of the module ``layout``.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hopper_own import FEED, JOBS, KERNEL, job_steps, own_constants, shared_at, shared_map
+from hopper_own import unpack_step as unpack
+from hopper_route import ROUTE, Route, names_twice, rank_in_order
+from kernel_source import c_constants, c_find, c_locals, c_value
+
+from sglang_w4afp8.kernels.hopper import plan_prefill
+from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order
+from sglang_w4afp8.kernels.hopper.plan import Layer
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
+
+UP = "prefill_up.cu"
+
+
+# ---- q -------------------------------------------------------------------------------------------
+def written_q(layer: Layer, found: Route, ups: dict[str, int], q_rows: int) -> dict[int, Any]:
+    """What gate and up write: (pair, column) of 16 bytes, by address."""
+    c = c_constants(UP, ups)
+    panel = c["kOutPanel"]
+    p = SimpleNamespace(q=0, q_rows=q_rows)
+    q: dict[int, Any] = {}
+    for place, pair in found.columns["up"].items():
+        for column in range(0, layer.inner, 16):
+            scope = {**c, "p": p, "row": found.rows[place], "column": column, "kColumns": panel}
+            scope = c_locals(UP, "u8* q_piece", "number key at", scope)
+            address = c_value(c_find(UP, ("u8* q_piece", "u64 at"), "return"), scope)
+            assert address not in q and address % 16 == 0
+            q[address] = pair, column
+    return q
+
+
+def copied_tokens(c: dict[str, Any], base: int, first: int, here: int, b_rows: int) -> list[Any]:
+    """Bulk copies of a step: to, from and bytes. ``base``: of the token slot."""
+    text = c_find(FEED, ("void produce_tokens",), "bulk_copy(")
+    s = SimpleNamespace(tokens=lambda slot: base)
+    scope = {**c, "s": s, "slot": 0, "now": SimpleNamespace(first=first, here=here), "full": 0}
+    scope["p"] = SimpleNamespace(b=0, b_rows=b_rows)
+    return [c_value(text, scope | {"lane": lane})[:3] for lane in range(c["kK"] // c["kPanel"])]
+
+
+@pytest.mark.parametrize(
+    ("inner", "group"), [(64, 64), (64, 32), (128, 128), (192, 64), (256, 128), (256, 32)]
+)
+def test_the_matrix_unit_reads_what_gate_and_up_wrote(
+    inner: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_prefill, "OWN_TOKENS", (64, 128, 128))
+    layer = Layer(6, 512, inner, 128, group, 3, False, False)
+    tokens = 300
+    order = random.Random(inner + group)
+    # Others' experts, experts named twice, one that has most tokens.
+    ids = [order.choice((0, 0, 0, 1, 2, 3, 4, 5, 6, -1)) for _ in range(tokens * layer.top_k)]
+    plan = planned(layer, tokens, 132)
+    assert plan.down.count > 2 and plan.slices == 0
+    c = own_constants(plan.launches[2].kernel)
+    found = Route(ids, layer, plan, seed=inner)
+    stride = plan.down.tokens * layer.top_k
+    b_rows = plan.down.count * stride
+    q = written_q(layer, found, dict(plan.launches[1].kernel.defines), b_rows)
+    s = shared_map(c, 128, 100)
+    read = set()
+    cluster = c["kCluster"]
+    for number in range(plan.down.count):
+        group_first = number // cluster * cluster
+        lists = range(group_first, min(group_first + cluster, plan.down.count))
+        begins = [[found.first[i, e] for e in range(layer.experts + 1)] for i in lists]
+        for at, bits in enumerate(job_steps(c, begins, number - group_first)):
+            expert, first, here = unpack(bits)
+            base = shared_at(c, s, "tokens", at % c["kTokenSlots"])
+            memory: dict[int, Any] = {}
+            for to, source, size in copied_tokens(c, base, number * stride + first, here, b_rows):
+                memory |= {to + i: q[source + i] for i in range(0, size, 16)}
+            for j in range(c["kK"] // 32 if here else 0):
+                scope = {**c, "address": base, "j": j}
+                scope = c_locals(JOBS, "u64 panel_descriptor", "kSwizzle", scope)
+                text = c_find(JOBS, ("u64 panel_descriptor",), "return")
+                descriptor = c_value(text, scope)
+                text = c_find(JOBS, ("u64 column_step",), "return")
+                descriptor += c_value(text, scope)
+                # PTX ISA: see test_hopper_prefill_memory.py.
+                start, step = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+                row_bytes, mask = {1: (128, 7), 2: (64, 3)}[descriptor >> 62]
+                for column, piece in product(range(here), range(2)):
+                    address = start + column // 8 * step + column % 8 * row_bytes + piece * 16
+                    address ^= (address >> 7 & mask) << 4
+                    pair = found.columns["down"][number * stride + first + column]
+                    assert memory[address] == (pair, j * 32 + piece * 16)
+                    assert ids[pair] == expert
+                    read.add((pair, j * 32 + piece * 16))
+    assert len(read) == len(q) == len(found.columns["up"]) * inner // 16
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+def added_at(base: int, warp: int, lane: int) -> tuple[list[tuple[int, int]], int]:
+    """``add``: of a lane's eight columns' words, (column, address); and XORed with what."""
+    scope = c_locals(KERNEL, "void add(", "g q mine", {"lane": lane, "warp": warp})
+    found = []
+    for b in range(6):
+        meta: dict[int, int] = {8 * i: base + i for i in range(48)}  # what columns are
+        address = c_value(c_find(KERNEL, ("void add(",), "lds128("), {**scope, "meta": 0, "b": b})
+        m = SimpleNamespace(x=meta[address], z=meta[address + 8])
+        for at in ("at[2 * b]", "at[2 * b + 1]"):
+            where = c_value(c_find(KERNEL, ("void add(",), at), scope | {"m": m}) ^ scope["mine"]
+            found.append((b * 8 + scope["q"] * 2 + (at != "at[2 * b]"), where - base))
+    return found, scope["mine"]
+
+
+def test_a_lane_adds_to_the_columns_of_its_accumulators() -> None:
+    for warp, lane in product(range(4), range(32)):
+        found, _ = added_at(1 << 20, warp, lane)
+        for place, (column, number) in enumerate(found):
+            # wgmma: v[4 b + 0, 1] are columns 8 b + 2 q and the next, the other two 8 rows below
+            assert column == number == place // 2 * 8 + lane % 4 * 2 + place % 2
+    for name, low, high in (("more[2 * b]", 0, 2), ("more[2 * b + 1]", 1, 3)):
+        scope = {"b": 5, "v": list(range(24)), "w0": 1, "w1": 1, "pack_half": lambda *two: two}
+        assert c_value(c_find(KERNEL, ("void add(",), name), scope) == (20 + low, 20 + high)
+
+
+def sum_offset(t: int) -> int:
+    offset: int = c_value(c_find(JOBS, ("u32 sum_offset",), "return"), {"t": t})
+    return offset
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "tiles"),
+    [(640, 256, 1), (704, 128, 1), (640, 128, 2), (512, 64, 4), (512, 192, 1)],
+)
+def test_every_sum_comes_to_its_column(rows: int, k: int, tiles: int) -> None:
+    shape = StageShape.of(rows, k, 64, False)
+    assert shape.tiles == tiles
+    c = {"kLayoutTiles": shape.tiles, "kMostTokens": 256}
+    order = _row_order(rows, False, shape.tiles).view(-1, 4, 8, 2)
+    base = 7 * 128
+    s = SimpleNamespace(sums=base)
+    owners: dict[int, tuple[int, int, int, int]] = {}  # of halves, by address
+    for t, warp, lane in product(range(c["kMostTokens"]), range(4), range(0, 32, 4)):
+        _, mine = added_at(0, warp, lane)
+        for half in range(2):
+            address = ((base + sum_offset(t)) ^ mine) + 2 * half
+            assert address not in owners, "two sums in one place"
+            owners[address] = t, warp, lane // 4, half
+            assert base <= address < base + c["kMostTokens"] * 128
+    # Columns without a pair have the row behind all tokens.
+    scope = {**c, "s": s}
+    padding = c_value(c_find(FEED, ("void produce_tokens",), "u32 at"), scope)
+    assert padding == base + c["kMostTokens"] * 128 and padding % 128 == 0
+    assert all(added_at(0, w, lane)[1] < 128 for w, lane in product(range(4), range(32)))
+    assert "i < (kMostTokens + 1) * 8; i += kConsumers" in c_text_of("void consume()")
+    piece_text = c_find(KERNEL, ("void finish(",), "lds128(")
+    outputs: dict[tuple[int, int], tuple[int, ...]] = {}
+    for tile, t in product(range(rows // 64), (0, 1, 2, 3, 6, 255)):
+        for piece in range(8):
+            here = scope | {"i": t * 8 + piece, "t": t, "sum_offset": sum_offset}
+            address = c_value(
+                piece_text + ")" * (piece_text.count("(") - piece_text.count(")")), here
+            )
+            for j, word in enumerate(range(address, address + 16, 4)):
+                if shape.tiles == 1:
+                    place = c_value("tile * 64 + piece * 8", {"tile": tile, "piece": piece}) + 2 * j
+                else:
+                    scope_j = {**c, "tile": tile, "piece": piece, "j": j}
+                    place = c_locals(KERNEL, "void store(", "row", scope_j)["row"]
+                    place += c_value("(piece * 4 + j) * 2 * kLayoutTiles", scope_j)
+                for half in range(2):
+                    assert (t, place + half) not in outputs, "an output twice"
+                    outputs[t, place + half] = (tile, *owners[word + 2 * half])
+    for (t, place), (tile, token, warp, g, half) in outputs.items():
+        assert token == t and order[tile, warp, g, half] == place
+    assert len(outputs) == 6 * rows
+    # What `store` says in words of its own.
+    body = c_text_of("void store(")
+    assert "out + tile * 64 + piece * 8)" in body
+    assert "out + row + (piece * 4 + j) * 2 * kLayoutTiles)" in body
+
+
+def c_text_of(function: str) -> str:
+    """A member function's text, up to the next one's."""
+    from sglang_w4afp8.kernels.hopper.build import CSRC
+
+    text = (CSRC / KERNEL).read_text()
+    start = text.index(function)
+    return " ".join(text[start : text.index("\n  }\n", start)].split())
+
+
+def test_the_four_tokens_of_an_instruction_spread_over_banks() -> None:
+    """As far as their numbers differ in the last two bits."""
+    for tokens in product(range(4), repeat=4):
+        banks: dict[int, set[int]] = {}
+        for lane in range(32):
+            address = sum_offset(tokens[lane % 4] + 8) ^ added_at(0, 0, lane)[1]
+            banks.setdefault(address // 4 % 32, set()).add(address)
+        worst = max(len(addresses) for addresses in banks.values())
+        assert worst <= max(map(tokens.count, tokens)), tokens
+        assert len({*tokens}) < 4 or worst == 1
+
+
+# ---- order ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(4))
+def test_ranks_are_in_the_order_of_pairs(seed: int) -> None:
+    order = random.Random(seed)
+    for size in (1, 31, 33, 700, ROUTE["kPart"]):
+        local = [order.choice((-1, 0, 0, 1, 5, 511)) for _ in range(size)]
+        counts = [0] * 512
+        ranks = rank_in_order(local, counts)
+        seen = [0] * 512
+        for pair, e in enumerate(local):
+            if e >= 0:
+                assert ranks[pair] == seen[e]
+                seen[e] += 1
+        assert counts == seen
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 10, 32, 48])
+def test_a_token_that_names_an_expert_twice_is_found(top_k: int) -> None:
+    order = random.Random(top_k)
+    for trial in range(12):
+        tokens = order.randint(9, 60)
+        part = 8 * top_k  # pairs
+        ids = [e for _ in range(tokens) for e in order.sample(range(60), top_k)]
+        where = []
+        if trial % 3 and top_k > 1:
+            token = order.randrange(tokens)
+            a, b = order.sample(range(top_k), 2)
+            ids[token * top_k + a] = ids[token * top_k + b]
+            where = [token * top_k // part]
+        if trial % 3 == 2:  # an expert of another rank does not count
+            where = [] if top_k > 1 else where
+            ids = [-1 if ids.count(e) and top_k > 1 and t // top_k == token and
+                   ids[token * top_k:(token + 1) * top_k].count(e) > 1 else e
+                   for t, e in enumerate(ids)]  # fmt: skip
+        for begin in range(0, len(ids), part):
+            found = names_twice(ids, ids[begin : begin + part], begin, top_k)
+            assert found == (begin // part in where)
