@@ -37,10 +37,14 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
 }
 
 // ---- tokens --------------------------------------------------------------------------------------
+// A step that must wait: its job's table is written when the job of the step that this warp still
+// holds has ended.
+constexpr int kLater = -2;
+
 // A lane's columns of a step to come.
 struct Coming {
   u32 number;  // of the step, over all jobs
-  int here;    // columns; -1 after the last step
+  int here;    // columns; -1 after the last step; kLater
   int base;    // first pair of the list
   int first;   // row of b
   u32 exponents;
@@ -68,9 +72,14 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
   Job job{0, 0, 0, 0};
   int n = -1, own = part;
   u32 base = 0;
-  auto fetch = [&] {
+  auto fetch = [&](bool holds) {
     Coming coming{0, -1, 0, 0, 0, {{0, 0.0f}, {0, 0.0f}}};
+    const int of_held = n;
     while (own >= job.steps) {
+      if (holds && n > of_held) {
+        coming.here = kLater;
+        return coming;
+      }
       own -= job.steps, base += job.steps;
       __syncwarp();
       if (n >= 0 && lane == 0) barrier_arrive(s.table_empty(n & 1));
@@ -89,9 +98,9 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     if (kColumns > 32 && lane + 32 < coming.here) coming.column[1] = from[32];
     return coming;
   };
-  Coming now = fetch();
+  Coming now = fetch(false);
   while (now.here >= 0) {
-    const Coming then = fetch();
+    const Coming then = fetch(true);
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
     barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
     if (lane == 0) barrier_expect(full, now.here * kK);
@@ -122,6 +131,6 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(full);
-    now = then;
+    now = then.here == kLater ? fetch(false) : then;
   }
 }
