@@ -93,7 +93,7 @@ def test_one_contribution_is_rounded_to_bf16_as_if_at_once() -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([
         np.exp2(rng.uniform(-13, 14, 200_000)) * rng.choice([-1, 1], 200_000),
-        # Codes times a BF16 scale times an E4M3 value: 14 bits, often half way between two BF16 values
+        # Codes times a BF16 scale times an E4M3 value: 14 bits, often half way between two of BF16
         np.outer(np.arange(1, 57), rng.integers(128, 256, 2000)).ravel() * 56 / 2.0**12,
         # Around ties
         (1 + (2 * np.arange(128) + 1) / 256.0)[:, None] + np.arange(-9, 10) * 2.0**-23,
