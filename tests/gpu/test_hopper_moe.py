@@ -231,6 +231,24 @@ def test_against_the_oracle(case: Case, path: str, tokens: int) -> None:
         assert torch.equal(out, again), f"{kind}: two runs differ"
 
 
+@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("inner", [256, 128])
+def test_many_tokens_of_few_experts(inner: int, active: int) -> None:
+    """Jobs of very few steps follow each other faster than what they wait for."""
+    case = Case(experts=64, hidden=512, inner=inner, top_k=2)
+    weights = random_weights(case)
+    shuffled = stage_order(case, weights)
+    for tokens in (600, 2500, 9000):
+        x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
+        scores = torch.rand(tokens, active, device="cuda")
+        ids = torch.full((tokens, 2), -1, dtype=torch.int32, device="cuda")
+        used = min(active, 2)
+        ids[:, :used] = scores.topk(used, dim=-1).indices.to(torch.int32) * 20 + 3
+        route = (torch.rand(tokens, 2, device="cuda") + 0.1, ids)
+        out = call(case, shuffled, x, *route, "prefill")
+        assert error(out, oracle(case, weights, x, *route)) < TOLERANCE, tokens
+
+
 @pytest.mark.parametrize(("path", "tokens"), ONE_HOT)
 @pytest.mark.parametrize("inner", [256, 128, 64])
 def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> None:
