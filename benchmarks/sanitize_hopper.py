@@ -66,7 +66,7 @@ def main() -> int:
     text = {
         **environment(options.commit),
         "sanitizer": _version(),
-        "command": " ".join(["python", "benchmarks/sanitize_hopper.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/sanitize_hopper.py --limit {options.limit:.0f} --json FILE",
         "control_hazards": control,
         "runs": runs,
         "clean": clean,
