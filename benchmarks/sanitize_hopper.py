@@ -2,7 +2,7 @@
 
     python benchmarks/sanitize_hopper.py --json benchmarks/results/sanitize-hopper-h100.json
 
-Runs the tests that give w2 back bit for bit (all four paths, one token to hundreds) under
+Runs the tests that give w2 back bit for bit (all four paths, calls of 8 or 64 tokens) under
 racecheck and memcheck, limited to kernels with ``w4a8`` in their names, as torch's are not ours to
 judge. A kernel with such a name and a race on purpose goes first, so that a filter that matches
 nothing cannot look clean. Needs a Hopper card and the CUDA toolkit. Exits with 1 unless the control
