@@ -125,7 +125,7 @@ def test_a_lane_adds_to_the_columns_of_its_accumulators() -> None:
             # wgmma: v[4 b + 0, 1] are columns 8 b + 2 q and the next, the other two 8 rows below
             assert column == number == place // 2 * 8 + lane % 4 * 2 + place % 2
     for name, low, high in (("more[2 * b]", 0, 2), ("more[2 * b + 1]", 1, 3)):
-        scope = {"b": 5, "v": list(range(24)), "w0": 1, "w1": 1, "pack_odd_half": lambda *two: two}
+        scope = {"b": 5, "v": list(range(24)), "w0": 1, "w1": 1, "pack_half": lambda *two: two}
         assert c_value(c_find(KERNEL, ("void add(",), name), scope) == (20 + low, 20 + high)
 
 
