@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -63,48 +62,7 @@ def _text(name: str) -> str:
 
 
 JOBS_TEXT, ROUTE_TEXT = _text(JOBS), _text("prefill_route.cu")
-PRIMITIVES = _text("primitives.cuh")
 SMALLEST, HUGE = 2.0**-149, 3e38
-ODD = ("float odd_half(float value)",)
-
-
-def odd_half(values: Any) -> Any:
-    """``pack_odd_half`` of FP32 values, as float16: the source's bits, then rounding to zero."""
-    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.int64)
-    text = c_find("primitives.cuh", ODD, "carry").replace("u", "")
-    carry = eval(text, {"bits": bits})
-    (result,) = re.findall(r"float odd_half.*?__uint_as_float\((.*?)\);", PRIMITIVES, re.S)
-    odd = eval(result.replace("u)", ")"), {"bits": bits, "carry": carry})
-    value = odd.astype(np.uint32).view(np.float32)
-    half = value.astype(np.float16)
-    too_far = np.abs(half.astype(np.float32)) > np.abs(value)
-    return np.where(too_far, np.nextafter(half, np.float16(0)), half)
-
-
-def bfloat16(values: Any) -> Any:
-    """Rounded to nearest, ties to even, as float32."""
-    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    bits = bits + 0x7FFF + (bits >> 16 & 1) & ~np.uint64(0xFFFF)
-    return bits.astype(np.uint32).view(np.float32)
-
-
-def test_one_contribution_is_rounded_to_bf16_as_if_at_once() -> None:
-    """The sum of one pair is what the pair gives: FP16 between does not round a second time."""
-    rng = np.random.default_rng(0)
-    values = np.concatenate([
-        np.exp2(rng.uniform(-13, 14, 200_000)) * rng.choice([-1, 1], 200_000),
-        # Codes times a BF16 scale times an E4M3 value: 14 bits, often half way between two of BF16
-        np.outer(np.arange(1, 57), rng.integers(128, 256, 2000)).ravel() * 56 / 2.0**12,
-        # Around ties
-        (1 + (2 * np.arange(128) + 1) / 256.0)[:, None] + np.arange(-9, 10) * 2.0**-23,
-        np.zeros(1),
-    ], axis=None).astype(np.float32)  # fmt: skip
-    assert np.array_equal(bfloat16(odd_half(values).astype(np.float32)), bfloat16(values))
-    nearest = values.astype(np.float16).astype(np.float32)
-    assert not np.array_equal(bfloat16(nearest), bfloat16(values)), "rounding to nearest would do"
-    assert np.isinf(odd_half(np.float32(np.inf))) and np.isnan(odd_half(np.float32(np.nan)))
-
-
 SPECIAL = [0.0, SMALLEST, 1e-38, 1e-30, 1e-8, 0.1, 1.0, 7.0, 1e10, 1e30, HUGE, np.inf, np.nan]
 
 
@@ -182,7 +140,7 @@ def test_fp16_sums_are_nearly_as_exact_as_what_they_are_of(
         for e in range(8):
             result = (w2[e] @ q[e]).astype(np.float32)
             by = np.float32(weights[e] * b_scale) * np.float32(scaling(exponent))
-            total = total + odd_half(result * by)
+            total = total + (result * by).astype(np.float16)
         assert np.isfinite(total).all()
         out = total.astype(np.float64) * scaling_back(exponent)
         wrong += float(((out - wanted) ** 2).sum())

@@ -95,9 +95,8 @@ struct OwnBody {
     for (int b = 0; b < kN / 8; ++b) {
       const uint4 m = lds128(meta + b * 64 + q * 16);
       const float w0 = __uint_as_float(m.y), w1 = __uint_as_float(m.w);
-      at[2 * b] = m.x ^ mine, more[2 * b] = pack_odd_half(v[4 * b] * w0, v[4 * b + 2] * w0);
-      at[2 * b + 1] = m.z ^ mine;
-      more[2 * b + 1] = pack_odd_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
+      at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b] * w0, v[4 * b + 2] * w0);
+      at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
     }
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) more[c] = kept(more[c]);

@@ -203,15 +203,9 @@ __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pai
 __device__ __forceinline__ float bf16_high(u32 pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
-// Two values to FP16, what is lost leaving an odd last bit: rounded once more to BF16, a value is as if it
-// had been rounded once. FP32 has 13 bits more. Not for values below FP16's normal ones.
-__device__ __forceinline__ float odd_half(float value) {
-  const u32 bits = __float_as_uint(value), carry = (bits & 0x1fffu) + 0x1fffu;
-  return __uint_as_float(bits | (carry & 0x2000u));
-}
-__device__ __forceinline__ u32 pack_odd_half(float low, float high) {
+__device__ __forceinline__ u32 pack_half(float low, float high) {
   u32 r;
-  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(odd_half(high)), "f"(odd_half(low)));
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
