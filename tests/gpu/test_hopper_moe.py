@@ -255,8 +255,8 @@ def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> Non
     group = min(inner, 128)
     case = Case(experts=2, hidden=512, inner=inner, inner_group=group, top_k=1, minus_eight=True)
     weights = random_weights(case, seed=1)
-    # gate = 56 and up = 1 for feature f where x is one-hot at f; silu(56) is 56 in FP32. The prefill
-    # path adds in FP16, which holds a code times a scale (11 bits), and not seven times that: 64.
+    # gate = 56 and up = 1 for feature f where x is one-hot at f; silu(56) is 56 in FP32. Prefill
+    # adds in FP16, which holds a code times a scale (11 bits), and not seven times that: 64.
     code, size = (4, 16) if path == "prefill" else (7, 8)
     codes = torch.zeros(2, 2 * inner, 512, dtype=torch.int8, device="cuda")
     feature = torch.arange(inner, device="cuda")
