@@ -139,7 +139,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
       async_copy_wait<1>();
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) barrier_arrive(filling);
+      if (kEveryLane || lane == 0) barrier_arrive(filling);
     }
     filling = full;
     if (++slot == p.ring) slot = 0, phase ^= 1;
@@ -147,7 +147,7 @@ __device__ void produce(const GemmParams& p, const Work& work, u32 ring, u32 bar
   async_copy_wait<0>();
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0) barrier_arrive(filling);
+  if (kEveryLane || lane == 0) barrier_arrive(filling);
 }
 
 // `pair`: the pair numbers of this thread's columns, -1 for none. `b_scale`, `q_scale`: static.
@@ -274,7 +274,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, const Work& work, u
 #endif
       );
       __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8);
+      if (kEveryLane || lane == 0) barrier_arrive(full + 8);
       if (++slot == p.ring) slot = 0, phase ^= 1;
     }
     n += steps;
@@ -298,8 +298,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, kCtasPerSm)
   const u32 ring = smem_address(shared), bars = ring + p.ring * kStageBytes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.ring; ++i) {
-      barrier_init(bars + i * 16, 2);  // weights and scales; tokens
-      barrier_init(bars + i * 16 + 8, kConsumers / 32);
+      barrier_init(bars + i * 16, 1 + kLanes);  // weights and scales; tokens
+      barrier_init(bars + i * 16 + 8, kConsumers / 32 * kLanes);
     }
     barrier_init_fence();
   }

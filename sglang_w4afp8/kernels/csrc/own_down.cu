@@ -97,7 +97,7 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
       async_copy_wait<1>();
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) barrier_arrive(filling);
+      if (kEveryLane || lane == 0) barrier_arrive(filling);
     }
     filling = full;
     if (++slot == p.ring) slot = 0, phase ^= 1;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void produce(const OwnDownParams& p, const Tables& ta
   async_copy_wait<0>();
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0 && filling != 0) barrier_arrive(filling);
+  if ((kEveryLane || lane == 0) && filling != 0) barrier_arrive(filling);
 }
 
 // Adds one tile's results to its tokens' sums. With `twice` two columns may be the same token, and
@@ -166,8 +166,8 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   tables.expert = tables.column + p.max_tiles * S::kTokens;
   if (tid == 0) {
     for (int i = 0; i < p.ring; ++i) {
-      barrier_init(bars + i * 16, 2);  // weights and scales; tokens
-      barrier_init(bars + i * 16 + 8, kConsumers / 32);
+      barrier_init(bars + i * 16, 1 + kLanes);  // weights and scales; tokens
+      barrier_init(bars + i * 16 + 8, kConsumers / 32 * kLanes);
     }
     barrier_init_fence();
   }
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
                     }
                   });
     __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8);
+    if (kEveryLane || lane == 0) barrier_arrive(full + 8);
     if (++slot == p.ring) slot = 0, phase ^= 1;
   }
   named_sync(3, kConsumers);

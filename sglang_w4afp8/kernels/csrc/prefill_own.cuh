@@ -32,7 +32,7 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
       __syncwarp();
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(s.table_empty(n & 1));
+    if (kEveryLane || lane == 0) barrier_arrive(s.table_empty(n & 1));
   }
 }
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
       }
       own -= job.steps, base += job.steps;
       __syncwarp();
-      if (n >= 0 && lane == 0) barrier_arrive(s.table_empty(n & 1));
+      if (n >= 0 && (kEveryLane || lane == 0)) barrier_arrive(s.table_empty(n & 1));
       ++n;
       barrier_wait(s.table_full(n & 1), n >> 1 & 1);
       job = *s.job(n & 1);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
       }
     }
     __syncwarp();
-    if (lane == 0) barrier_arrive(full);
+    if (kEveryLane || lane == 0) barrier_arrive(full);
     now = then.here == kLater ? fetch(false) : then;
   }
 }

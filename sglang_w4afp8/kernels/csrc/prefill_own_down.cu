@@ -44,7 +44,7 @@ struct OwnBody {
     // Tokens may be overwritten. What columns are is not before kTokenSlots further steps, and
     // those wait for this one's turn to pass.
     __syncwarp();
-    if (lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
+    if (kEveryLane || lane == 0) barrier_arrive(s.tokens_empty(number % kTokenSlots));
     if (kEarly && another) load(number + kWgs);
     add<kN>(v, s.meta(number % kMetaSlots), twice);
   }
@@ -126,7 +126,7 @@ struct OwnBody {
   __device__ __forceinline__ void pass_turn() {
     ++turns;
     __syncwarp();
-    if (lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
+    if (kEveryLane || lane == 0) barrier_arrive(s.turn(wg + 1 == kWgs ? 0 : wg + 1, warp));
   }
 
   // Weights of step `number`, counted over all jobs. Their slot is free for its next user then, and
@@ -145,7 +145,9 @@ struct OwnBody {
     // Loads return in order. The last one's value must be there before another CTA hears of it: an
     // arrival there is not ordered behind loads here.
     vote_on(scales[kGroups - 1]);
-    if (lane == 0) arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+    if (kEveryLane || lane == 0) {
+      arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+    }
   }
 
   // A step whose weights are loaded; and then those of the next one, if it is of the same job.
@@ -167,7 +169,7 @@ struct OwnBody {
     const int count = uniform(step.count());
     if (count == 0) {
       __syncwarp();
-      if (lane == 0) barrier_arrive(s.tokens_empty(at));
+      if (kEveryLane || lane == 0) barrier_arrive(s.tokens_empty(at));
       if (kEarly && another) load(number + kWgs);
       wait_turn();
     } else if (count <= 8) {
@@ -253,7 +255,7 @@ struct OwnBody {
       own -= job.steps, number += job.steps;
       finish(job, s.exponents(n & 1));
       __syncwarp();
-      if (lane == 0) barrier_arrive(s.table_empty(n & 1));
+      if (kEveryLane || lane == 0) barrier_arrive(s.table_empty(n & 1));
     }
   }
 };

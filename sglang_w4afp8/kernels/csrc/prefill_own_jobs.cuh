@@ -144,22 +144,22 @@ struct Shared {
   __device__ __forceinline__ void set_up() const {
     for (u32 i = 0; i < kWeightSlots; ++i) {
       barrier_init(weights_full(i), 1);
-      barrier_init(weights_empty(i), 4 * kCluster);
+      barrier_init(weights_empty(i), 4 * kCluster * kLanes);
     }
     for (u32 i = 0; i < kTokenSlots; ++i) {
-      barrier_init(tokens_full(i), 2);  // the copies, and what columns are
-      barrier_init(tokens_empty(i), 4);
+      barrier_init(tokens_full(i), 1 + kLanes);  // the copies, and what columns are
+      barrier_init(tokens_empty(i), 4 * kLanes);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(table_full(i), 1);
-      barrier_init(table_empty(i), kConsumers / 32 + kWeightWarps + kTokenWarps);
+      barrier_init(table_full(i), kLanes);
+      barrier_init(table_empty(i), (kConsumers / 32 + kWeightWarps + kTokenWarps) * kLanes);
       barrier_init(number_full(i), 1);
-      barrier_init(number_empty(i), kCluster);
+      barrier_init(number_empty(i), kCluster * kLanes);
     }
-    for (int i = 0; i < kWgs * 4; ++i) barrier_init(turn(i / 4, i % 4), 1);
+    for (int i = 0; i < kWgs * 4; ++i) barrier_init(turn(i / 4, i % 4), kLanes);
     barrier_init_fence();
     for (u32 i = 0; i < kWeightSlots; ++i) barrier_expect(weights_full(i), kStageBytes);
-    for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i));
+    for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i), kLanes);
   }
 };
 
@@ -199,7 +199,7 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
     barrier_wait_cluster(s.number_full(i), n >> 1 & 1);
     const u32 number = lds32(smem_address(&numbers[i]));
     __syncwarp();
-    if (lane == 0) barrier_arrive_at(s.number_empty(i), 0);
+    if (kEveryLane || lane == 0) barrier_arrive_at(s.number_empty(i), 0);
     return number;
   }
 }
@@ -280,7 +280,7 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
     }
     if (lane == 0) jobs[n & 1] = job;
     __syncwarp();
-    if (lane == 0) barrier_arrive(s.table_full(n & 1));
+    if (kEveryLane || lane == 0) barrier_arrive(s.table_full(n & 1));
     if (job.steps < 0) return;
   }
 }

@@ -120,7 +120,7 @@ struct Reader {
   }
   __device__ __forceinline__ void release(const Ring& ring) {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) {
+    if (kEveryLane || (threadIdx.x & 31) == 0) {
       barrier_arrive(ring.queue_bars + number % kQueue * 16 + 8);
     }
     ++number;
@@ -139,9 +139,11 @@ __device__ __forceinline__ void release_stage(u32 empty) {
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   __syncwarp();
   if constexpr (kCluster == 1) {
-    if (lane == 0) barrier_arrive(empty);
-  } else {
+    if (kEveryLane || lane == 0) barrier_arrive(empty);
+  } else if constexpr (!kEveryLane) {
     if (lane < kCluster) barrier_arrive_at(empty, lane);
+  } else {
+    for (u32 to = 0; to < kCluster; ++to) barrier_arrive_at(empty, to);
   }
 }
 
@@ -170,11 +172,11 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
     for (int i = 0; i < size; ++i) {
       barrier_init(ring.weights_full(i), 1);
       for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 64);
-      barrier_init(ring.empty(i), kCluster * kConsumers / 32);
+      barrier_init(ring.empty(i), kCluster * kConsumers / 32 * kLanes);
     }
     for (int i = 0; i < kQueue; ++i) {
       barrier_init(ring.queue_bars + i * 16, 1);
-      barrier_init(ring.queue_bars + i * 16 + 8, kReaders);
+      barrier_init(ring.queue_bars + i * 16 + 8, kReaders * kLanes);
     }
     barrier_init_fence();
   }

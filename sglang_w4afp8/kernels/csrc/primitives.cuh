@@ -23,6 +23,17 @@ __device__ __forceinline__ void pdl_trigger() {
 }
 
 // ---- mbarrier -----------------------------------------------------------------------------------
+// A warp arrives by its first lane, after a __syncwarp, which orders what the others have read and
+// written before it. Racecheck cannot see that where ptxas knows the warp to be together and leaves
+// the instruction out. With W4_EVERY_LANE=1 (SGLANG_W4AFP8_EVERY_LANE) every lane arrives for
+// itself: a barrier that counts warps counts kLanes for each. The condition is written out wherever
+// a warp arrives, as a function for it would change the code of what is served.
+#ifndef W4_EVERY_LANE
+#define W4_EVERY_LANE 0
+#endif
+constexpr bool kEveryLane = W4_EVERY_LANE != 0;
+constexpr u32 kLanes = kEveryLane ? 32 : 1;
+
 __device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
@@ -36,6 +47,9 @@ __device__ __forceinline__ void barrier_arrive(u32 bar) {
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
                : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 // The same barrier of CTA `rank` of the cluster, after reads: they are done when their values are
 // there. To release writes to the cluster would be a fence of all memory for every arrival.

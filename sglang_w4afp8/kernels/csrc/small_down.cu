@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   if (tid == 0) {
     for (int i = 0; i < p.ring; ++i) {
       barrier_init(bars + i * 16, 2);
-      barrier_init(bars + i * 16 + 8, kConsumers / 32);
+      barrier_init(bars + i * 16 + 8, kConsumers / 32 * kLanes);
     }
     barrier_init_fence();
   }
@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
                     }
                   });
     __syncwarp();
-    if (lane == 0) barrier_arrive(full + 8);
+    if (kEveryLane || lane == 0) barrier_arrive(full + 8);
     if (++at == p.ring) at = 0, phase ^= 1;
   }
 

@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.ring; ++i) {
       barrier_init(bars + i * 16, 1);
-      barrier_init(bars + i * 16 + 8, kConsumers / 32);
+      barrier_init(bars + i * 16 + 8, kConsumers / 32 * kLanes);
     }
     barrier_init_fence();
   }
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(kConsumers + 32, 1)
       stage_math<S>(acc, stage + w_at, stage + s_at, token_descriptor(b, p.k * 8), 0,
                     [](int, float(&)[S::kAcc]) {});
       __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8);
+      if (kEveryLane || lane == 0) barrier_arrive(full + 8);
       if (++slot == p.ring) slot = 0, phase ^= 1;
     }
     n += steps;
