@@ -96,6 +96,13 @@ CACHE_DIR = Variable(
     (),
     "Where compiled kernels and tuning tables are kept; default `~/.cache/sglang-w4afp8`.",
 )
+EVERY_LANE = Variable(
+    "SGLANG_W4AFP8_EVERY_LANE",
+    "0",
+    _SWITCH,
+    "For racecheck: 1 builds Hopper kernels in which every lane of a warp arrives at a barrier, "
+    "not one for all. Not for serving.",
+)
 SHARE_IMPORTS = Variable(
     "SGLANG_W4AFP8_SHARE_IMPORTS",
     "0",
@@ -112,5 +119,6 @@ VARIABLES = (
     LOAD_METHOD,
     ACT_SCALES,
     CACHE_DIR,
+    EVERY_LANE,
     SHARE_IMPORTS,
 )

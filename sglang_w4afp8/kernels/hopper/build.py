@@ -1,8 +1,8 @@
 """Compiles ``csrc/*.cu`` to sm_90a at first use and keeps the result on disk.
 
 NVRTC comes with every CUDA build of torch, so no toolkit is needed; where it is missing, ``nvcc``
-is tried. A cubin's file name is a hash of all sources, the macros and the compiler's version: stale
-files are never loaded, and processes that build the same kernel at the same time do no harm.
+is tried. A cubin's file name is a hash of all sources, the options and the compiler's version:
+stale files are never loaded, and processes that build the same kernel at the same time do no harm.
 """
 
 from __future__ import annotations
@@ -89,12 +89,13 @@ def cubin_path(kernel: Kernel) -> Path:
     digest = hashlib.sha256()
     for name, text in _sources().items():
         digest.update(name.encode() + b"\0" + text + b"\0")
-    digest.update(repr((kernel, ARCH, compiler())).encode())
+    digest.update(repr((kernel, ARCH, compiler(), _options(kernel))).encode())
     return cache_dir() / f"{kernel.entry}-{digest.hexdigest()[:24]}.cubin"
 
 
 def _options(kernel: Kernel) -> list[str]:
-    return ["-std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines)]
+    every_lane = (("W4_EVERY_LANE", 1),) if env.EVERY_LANE.is_on() else ()
+    return ["-std=c++17", *(f"-D{name}={value}" for name, value in (*kernel.defines, *every_lane))]
 
 
 def _compile_nvrtc(library: ctypes.CDLL, kernel: Kernel) -> bytes:
