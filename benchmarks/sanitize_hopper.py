@@ -4,15 +4,18 @@
 
 Runs the tests that give w2 back bit for bit (all four paths, calls of 8 or 64 tokens) under
 racecheck and memcheck, limited to kernels with ``w4a8`` in their names, as torch's are not ours to
-judge. A kernel with such a name and a race on purpose goes first, so that a filter that matches
-nothing cannot look clean. Needs a Hopper card and the CUDA toolkit. Exits with 1 unless the control
-is caught and everything else is clean.
+judge. Racecheck is given kernels in which every lane of a warp arrives at a barrier
+(``W4_EVERY_LANE`` in ``csrc/primitives.cuh``), memcheck those that are served. A kernel with a name
+like theirs and a race on purpose goes first, so that a filter that matches nothing cannot look
+clean. Needs a Hopper card and the CUDA toolkit. Exits with 1 unless the control is caught and
+everything else is clean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,12 +25,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sglang_w4afp8 import env
 from sglang_w4afp8.tools.bench_environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FILTER = ["--kernel-name", "kns=w4a8"]
 TESTS = ["tests/gpu/test_hopper_moe.py", "-k", "w2_bit_for_bit"]
 TOOLS = {"racecheck": ["--racecheck-report", "all"], "memcheck": []}
+EVERY_LANE = ("racecheck",)  # tools for which every lane of a warp arrives
 RACY = """
 __global__ void w4a8_racy(int* out) {
   __shared__ int values[64];
@@ -54,7 +59,8 @@ def main() -> int:
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not on PATH: add the bin folder of a CUDA toolkit")
     # Kernels are compiled and cached first: the sanitizer follows children and slows them down.
-    _tests([], 600)
+    for every_lane in (True, False):
+        _tests([], 600, every_lane)
     control = _control()
     print(f"control: racecheck finds {control} hazards in a racy kernel", flush=True)
     runs = []
@@ -93,10 +99,13 @@ def _control() -> int:
     return int(found[1]) if found else 0
 
 
-def _tests(wrapper: list[str], limit: float) -> subprocess.CompletedProcess[str]:
+def _tests(wrapper: list[str], limit: float, every_lane: bool) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, env.EVERY_LANE.name: f"{every_lane:d}"}
     command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         raise SystemExit(f"{' '.join(command)}: not done in {limit:.0f} s; raise --limit") from None
     if not wrapper and done.returncode:
@@ -107,7 +116,8 @@ def _tests(wrapper: list[str], limit: float) -> subprocess.CompletedProcess[str]
 def _judge(tool: str, command: list[str], limit: float) -> dict[str, Any]:
     """One tool over all tests: clean if it says so and every test passed under it."""
     begin = time.monotonic()
-    done = _tests(command, limit)
+    every_lane = tool in EVERY_LANE
+    done = _tests(command, limit, every_lane)
     summary = re.search(
         rf"{'RACECHECK' if tool == 'racecheck' else 'ERROR'} SUMMARY: .*", done.stdout
     )
@@ -115,7 +125,14 @@ def _judge(tool: str, command: list[str], limit: float) -> dict[str, Any]:
     numbers = [int(n) for n in re.findall(r"\d+", summary[0])] if summary else [-1]
     return {
         "tool": tool,
-        "command": " ".join([*command, "python", "-m", "pytest", *TESTS]),
+        "every_lane": every_lane,
+        "command": " ".join(
+            [
+                f"{env.EVERY_LANE.name}={every_lane:d}",
+                *command,
+                *("python", "-m", "pytest", *TESTS),
+            ]
+        ),
         "summary": summary[0] if summary else done.stdout[-1000:],
         "tests": tests[0].removesuffix(" in ") if tests else done.stdout[-1000:],
         "seconds": round(time.monotonic() - begin, 1),
