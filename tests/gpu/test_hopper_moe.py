@@ -171,8 +171,8 @@ def routing(case: Case, tokens: int, kind: str, seed: int) -> tuple[torch.Tensor
     ids = scores.topk(case.top_k, dim=-1).indices.to(torch.int32)
     if kind == "one expert":
         ids = torch.full_like(ids, 3)
-    elif kind == "holes":
-        drop = torch.rand(ids.shape, generator=g, device="cuda") < 0.4
+    elif kind in ("holes", "few"):
+        drop = torch.rand(ids.shape, generator=g, device="cuda") < (0.4 if kind == "holes" else 0.7)
         ids = torch.where(drop, -1, ids)
     elif kind == "none":
         ids = torch.full_like(ids, -1)
@@ -219,7 +219,7 @@ def test_against_the_oracle(case: Case, path: str, tokens: int) -> None:
     shuffled = stage_order(case, weights)
     g = torch.Generator("cuda").manual_seed(tokens)
     x = torch.randn(tokens, case.hidden, generator=g, device="cuda").bfloat16()
-    for kind in ("uniform", "one expert", "holes", "none", "int64"):
+    for kind in ("uniform", "one expert", "holes", "few", "none", "int64"):
         route = routing(case, tokens, kind, tokens)
         out = call(case, shuffled, x, *route, path, 2.5)
         wanted = oracle(case, weights, x, *route, 2.5)
@@ -250,7 +250,7 @@ def test_many_tokens_of_few_experts(inner: int, active: int) -> None:
 
 
 @pytest.mark.parametrize(("path", "tokens"), ONE_HOT)
-@pytest.mark.parametrize("inner", [256, 128, 64])
+@pytest.mark.parametrize("inner", [512, 256, 128, 64])
 def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> None:
     group = min(inner, 128)
     case = Case(experts=2, hidden=512, inner=inner, inner_group=group, top_k=1, minus_eight=True)

@@ -1,4 +1,4 @@
-"""``prefill_route.cu`` on the CPU: pairs sorted by expert, tiles, and rows of q.
+"""``prefill_sort.cuh`` on the CPU: pairs sorted by expert, tiles, and rows of q.
 
 Constants and most index expressions are the kernel's own; the statements around them follow it.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 from kernel_source import c_constants, c_find, c_locals, c_value
 
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 
-SOURCE = "prefill_route.cu"
-ROUTE = c_constants(SOURCE, {})
+SOURCE = "prefill_sort.cuh"
+ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
 
 
@@ -78,10 +79,13 @@ class Route:
     """``sort_part`` of all blocks; what it writes, as dictionaries from index to value.
 
     Attributes:
-        columns: of each kind of lists, pairs by place; ``own.columns`` is ``down``.
+        columns: of each kind of lists, pairs by place; ``own.columns`` is ``down``. Where CTAs of
+            down do not own outputs there is one list for both, ``up``.
         tiles: of each kind of lists that has tiles.
         header: how many a list has.
-        place: of pairs; empty where CTAs of down own outputs.
+        place: of pairs, their rows and what is said of their tiles; empty where CTAs of down own
+            outputs.
+        total: of pairs, for those who want to know whether there is room; the same.
         rows: ``own.rows``.
         first: ``lists.first``, by (list, expert).
         twice: of parts, whether a token names an expert twice.
@@ -95,10 +99,10 @@ class Route:
 
     def __init__(self, ids: list[int], layer: Layer, plan: PrefillPlan, seed: int = 0) -> None:
         self.ids, self.plan, self.part = ids, plan, plan.part_pairs
-        self.own = plan.slices == 0
-        self.place: dict[int, int] = {}
-        several = self.own or plan.up != plan.down
-        kinds = {"up": plan.up} | ({"down": plan.down} if several else {})
+        self.own = plan.room == 0
+        self.place: dict[int, tuple[int, int]] = {}
+        self.total: list[int] = []
+        kinds = {"up": plan.up} | ({"down": plan.down} if self.own else {})
         self.columns: dict[str, dict[int, int]] = {name: {} for name in kinds}
         self.tiles: dict[str, dict[tuple[int, int], Tile]] = {name: {} for name in kinds}
         self.header: dict[str, dict[int, int]] = {name: {} for name in kinds}
@@ -127,25 +131,45 @@ class Route:
                 begins[name] = self.place_part(name, number)
                 lists = {kind: SimpleNamespace(parts=one.parts) for kind, one in kinds.items()}
                 p = SimpleNamespace(**lists, part_pairs=self.part)
-                scope = {**ROUTE, "p": p, "part": number, "several": several, "nullptr": 0}
-                starts[name] = c_locals(SOURCE, "counts[tid] = first", name, scope)[name]
+                scope = {**ROUTE, "p": p, "part": number, "own": self.own}
+                starts[name] = c_locals(SOURCE, "counts[tid] = begins.all", name, scope)[name]
+            ups = begins["up"]
+            scope = {"up_first": [begin.mine for begin in ups], "counts": [b.all for b in ups]}
+            text = c_find(SOURCE, ("if (own) {\n    begins", "} else {"), "down_first[tid]")
+            packed = [c_value(text, {"begins": begin}) for begin in ups]
             for i, e in enumerate(experts):
                 pair = number * self.part + i
-                at = -1
+                here = scope | {"e": e, "i": 0, "rank": [ranks[number][i]]}
+                here = c_locals(SOURCE, "void sort_part", "up_row", here)
+                up = here["up_row"]
                 if e >= 0:
-                    for name, first in begins.items():
-                        at = first[e] + ranks[number][i]
-                        assert starts[name] + at not in self.columns[name], "two in one place"
-                        self.columns[name][starts[name] + at] = pair
-                    if self.own:
-                        up = starts["up"] + begins["up"][e] + ranks[number][i]
-                        self.rows[up] = self.q_row(starts["down"], at, e, number)
-                if not self.own:
-                    self.place[pair] = at
+                    self.put("up", starts["up"] + up, pair)
+                if self.own and e >= 0:
+                    at = begins["down"][e].mine + ranks[number][i]
+                    self.put("down", starts["down"] + at, pair)
+                    first = begins["down"][e].all
+                    self.rows[starts["up"] + up] = self.q_row(starts["down"], at, first)
+                elif not self.own:
+                    # A word of 32 bits
+                    tile = self.tile(here | {"down_first": packed}) & 0xFFFFFFFF if e >= 0 else 0
+                    self.place[pair] = up, tile
 
-    def q_row(self, down: int, at: int, expert: int, part: int) -> int:
-        """The value for a pair at ``at`` of its list, which begins at ``down``."""
-        first = self.first[part // self.plan.down.parts, expert]
+    def put(self, name: str, place: int, pair: int) -> None:
+        assert place not in self.columns[name], "two in one place"
+        self.columns[name][place] = pair
+
+    @staticmethod
+    def tile(scope: dict[str, Any]) -> int:
+        """``Place::tile`` of a pair."""
+        scope = c_locals(SOURCE, "u32 tile = 0;", "at size", scope)
+        text = c_find(SOURCE, ("u32 tile = 0;", "size = down_first"), "tile")
+        value: int = c_value(text, scope)
+        return value
+
+    @staticmethod
+    def q_row(down: int, at: int, first: int) -> int:
+        """The value for a pair at ``at`` of its list, which begins at ``down``, its expert's at
+        ``first`` of the list."""
         text = c_find(SOURCE, ("void sort_part",), "q_row(")
         row, number = c_value(text, {"down": down, "at": at, "counts": [first], "e": 0})
         found = c_find(SOURCE, ("int q_row(",), "return")
@@ -156,34 +180,42 @@ class Route:
         """Parts of the sorting blocks."""
         return [values[begin : begin + self.part] for begin in range(0, len(values), self.part)]
 
-    def place_part(self, name: str, part: int) -> list[int]:
-        """Where the experts' pairs of a part begin in its list."""
+    def place_part(self, name: str, part: int) -> list[SimpleNamespace]:
+        """``Begin`` of every expert for a part; the first part of a list writes its tiles."""
         plan = getattr(self.plan, name)
         lists = SimpleNamespace(parts=plan.parts, together=plan.together)
         p = SimpleNamespace(sorters=len(self.counts))
         scope = {**ROUTE, "part": part, "lists": lists, "p": p}
-        s = c_locals(SOURCE, "int place_part", "list first_part last_part", scope)
+        s = c_locals(SOURCE, "Begin place_part", "list first_part last_part", scope)
         has_tiles = not (self.own and name == "down")
+        writes = part == s["first_part"]
+        text = c_find(SOURCE, ("Begin place_part",), "return").replace("Begin{", "(")
+        text = text.replace("}", ")")
         first = tile = 0
         begins = []
         for tid in range(MAX_EXPERTS):
             in_list = range(s["first_part"], s["last_part"])
             tokens = sum(self.counts[i][tid] for i in in_list)
             before = sum(self.counts[i][tid] for i in in_list if i < part)
-            begins.append(first + before)
-            if part == s["first_part"] and not has_tiles:
+            here = s | {"tid": tid, "first": first, "tokens": tokens}
+            here = c_locals(SOURCE, "Tiles of equal size", "least tiles size", here)
+            here |= {"before": before, "tile": tile}
+            fields = zip(("mine", "all", "tile", "size"), c_value(text, here), strict=True)
+            begins.append(SimpleNamespace(**dict(fields)))
+            if writes and not has_tiles:
                 self.first[s["list"], tid] = first
-            elif tokens and part == s["first_part"]:
+            elif writes and tokens:
                 found = cut_tiles(tid, first, tokens, lists)
                 for i, one in enumerate(found):
                     key = s["list"], tile + i
                     assert key not in self.tiles[name]
                     self.tiles[name][key] = one
-                tile += len(found)
-            first += tokens
-        if part == s["first_part"]:
-            if has_tiles:
-                self.header[name][s["list"]] = tile
-            else:
-                self.first[s["list"], MAX_EXPERTS] = first
+            first, tile = first + tokens, tile + here["tiles"]
+        if writes and has_tiles:
+            self.header[name][s["list"]] = tile
+        elif writes:
+            self.first[s["list"], MAX_EXPERTS] = first
+        if writes and not self.own:
+            text = c_find(SOURCE, ("Begin place_part",), "*p.sorted.total")
+            self.total.append(c_value(text, {"first": first, "tokens": 0}))
         return begins

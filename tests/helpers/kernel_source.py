@@ -15,7 +15,7 @@ import torch
 
 from sglang_w4afp8.kernels.hopper.build import CSRC
 
-SIZES = {"int": 4, "u32": 4, "float": 4}
+SIZES = {"int": 4, "unsigned": 4, "u32": 4, "float": 4, "u64": 8}
 
 
 def _read(source: str) -> str:
@@ -94,14 +94,26 @@ def _compiled(text: str) -> CodeType:
     text = re.sub(r"static_cast<\w+>", "", text)
     text = re.sub(r"\b(0x[0-9a-f]+?|\d+)(?:ull|u)\b", r"\1", text)
     text = re.sub(r"\bfrom\b", "from_", text)  # a word of Python's
-    text = text.replace("S::", "S.")
+    text = re.sub(r"\b(\w+)::", r"\1.", text)
     text = text.replace("&&", " and ").replace("||", " or ")
     return compile(_python(f"({text})").replace("/", "//"), text, "eval")
 
 
 def c_value(text: str, scope: dict[str, Any]) -> Any:
     """The value of an expression; ``scope`` has the names in it, as integers or arrays of them."""
-    return eval(_compiled(text), {"min": min, "from_": scope.get("from")}, scope)
+    names = {"min": min, "max": max, "sizeof": int, "from_": scope.get("from")}
+    return eval(_compiled(text), names, scope)
+
+
+@cache
+def c_sizes(source: str) -> dict[str, int]:
+    """Bytes of the structs whose ``sizeof`` is in constants of a file and those it includes."""
+    structs: dict[str, int] = {}
+    text = "".join(re.findall(r"^constexpr int .*?;", c_text(source), re.M | re.S))
+    for name in sorted({*re.findall(r"sizeof\((\w+)\)", text)}):
+        for home in (file for file in c_files(source) if f"struct {name} {{" in _read(file)):
+            structs[name] = c_offsets(home, name)[1]
+    return structs
 
 
 @cache
@@ -137,11 +149,12 @@ def decode_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def c_constants(source: str, defines: dict[str, Any]) -> dict[str, Any]:
     """The ``constexpr`` integers at the outermost level of a file, and the macros.
 
+    With the sizes of structs that the file's ``sizeof`` names.
     Without ``W4_ROW_SCALES``. A file that has a ``Shape`` finds it in ``defines`` as ``S``. Macros
     with a default in the sources need not be in ``defines``.
     """
     defaults = re.findall(r"^#ifndef (\w+)\n#define \1 (\d+)\n#endif$", c_text(source), re.M)
-    scope = {name: int(value) for name, value in defaults} | defines
+    scope = c_sizes(source) | {name: int(value) for name, value in defaults} | defines
     row_scales = re.compile(r"^#if W4_ROW_SCALES\n.*?^(?:#else\n(.*?)^)?#endif\n", re.M | re.S)
     text = row_scales.sub(r"\1", c_text(source))
     found = re.findall(r"^constexpr (?:int|u32|bool) (.*?);", text, re.M | re.S)

@@ -71,18 +71,20 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     layer = Layer(experts, 7168, inner, 128, 128, top_k, False, False)
     ids = make(tokens * top_k, experts)
     monkeypatch.setattr(plan_prefill, "UP_LIST_PAIRS", 4096)
-    monkeypatch.setattr(plan_prefill, "SLICE_PAIRS", 9000)
     monkeypatch.setattr(plan_prefill, "CLUSTER_PAIRS", 0 if together == 2 else 1 << 30)
     monkeypatch.setattr(plan_prefill, "CLUSTER_TOKENS", 1 << 30)
     plan = planned(layer, tokens, 132)
-    assert (plan.up.together, plan.down.together) == (together, 1)
-    found = Route(ids, layer, plan)
     own = inner == 256
+    assert (plan.up.together, plan.down.together) == (together if own else 1, 1)
+    assert own or plan.up == plan.down
+    found = Route(ids, layer, plan)
     assert found.own == own
     local = [pair for pair, e in enumerate(ids) if 0 <= e < experts]
     if not own:
-        here = [found.place[pair] >= 0 for pair in range(len(ids))]
+        here = [found.place[pair][0] >= 0 for pair in range(len(ids))]
         assert here == [0 <= e < experts for e in ids] and len(found.place) == len(ids)
+        assert all(row == -1 for row, _ in found.place.values() if row < 0)
+        assert found.total == [len(local)], "said once"
     for name, columns in found.columns.items():
         lists: Lists = getattr(plan, name)
         list_pairs = lists.tokens * top_k
@@ -103,8 +105,8 @@ def test_every_pair_is_in_one_tile_of_its_expert(
             for at in range(first, first + count):
                 pair = columns[number * list_pairs + at]
                 assert ids[pair] == expert and pair // list_pairs == number
-                if not own and (name == "down" or plan.up == plan.down):
-                    assert found.place[pair] == at
+                if not own:  # the tile's number, and the column in it modulo 8
+                    assert found.place[pair] == (at, tile << 3 | (at - first) % 8)
                 seen.append(pair)
         assert sorted(seen) == local
         assert len(found.tiles[name]) == sum(found.header[name].values())

@@ -1,52 +1,24 @@
-"""The prefill path without a GPU: the order of its items, and what a warp adds up.
+"""The prefill path without a GPU: the order of its items, and the slices of down's outputs.
 
 Constants and most index expressions are the kernels' own (``tests/helpers/kernel_source.py``); the
-statements around them follow ``prefill_ring.cuh``, ``prefill_up.cu`` and ``prefill_down.cu``.
+statements around them follow ``prefill_ring.cuh``, ``prefill_up.cu`` and ``prefill_tables.cuh``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
+import re
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from kernel_source import c_constants, c_find, c_locals, c_value
 
-from sglang_w4afp8.kernels.hopper import plan_prefill
+from sglang_w4afp8.kernels.hopper.build import CSRC
 
 UP, DOWN, RING = "prefill_up.cu", "prefill_down.cu", "prefill_ring.cuh"
+TABLES = "prefill_tables.cuh"
 Item = dict[str, int]
-
-
-class DownScope:
-    """The functions of prefill_down.cu that count items, from their source."""
-
-    def __init__(self, p: SimpleNamespace) -> None:
-        names: dict[str, Any] = {"blocks_of": self.blocks_of, "list_tokens": self.list_tokens}
-        names["sum_tokens"] = self.sum_tokens
-        defines = {"W4_K": 256, "W4_TILES": 1, "W4_GROUP": 128, "W4_PER_WG": 2}
-        constants = c_constants(DOWN, defines | {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0})
-        self.scope = {**constants, **names, "sum_items": self.sum_items, "p": p}
-        self.scope |= {"kEnd": 0, "kMatrix": 1, "kCombine": 2}
-
-    def blocks_of(self, p: SimpleNamespace, slice: int) -> int:
-        scope = c_locals(DOWN, "int blocks_of", "blocks", self.scope | {"slice": slice})
-        return int(c_value(c_find(DOWN, ("int blocks_of",), "return"), scope))
-
-    def list_tokens(self, p: SimpleNamespace, list: int) -> int:
-        text = c_find(DOWN, ("int list_tokens",), "return")
-        return int(c_value(text, self.scope | {"list": list}))
-
-    def sum_tokens(self, p: SimpleNamespace) -> int:
-        return int(c_value(c_find(DOWN, ("int sum_tokens",), "return"), self.scope))
-
-    def sum_items(self, p: SimpleNamespace, list: int, blocks: int) -> int:
-        scope = self.scope | {"list": list, "blocks": blocks}
-        scope = c_locals(DOWN, "int sum_items", "tokens", scope)
-        return int(c_value(c_find(DOWN, ("int sum_items",), "return"), scope))
 
 
 def fields(source: str, within: str, names: str, scope: dict[str, object]) -> Item:
@@ -54,28 +26,6 @@ def fields(source: str, within: str, names: str, scope: dict[str, object]) -> It
         name: c_value(c_find(source, tuple(within.split(" > ")), f"item.{name}"), scope)
         for name in names.split()
     }
-
-
-def down_items(p: SimpleNamespace) -> Iterator[Item]:
-    """``Order`` of prefill_down.cu."""
-    fixed, step, begin, number = DownScope(p).scope, 0, 0, 0
-    while True:
-        names = "slice list blocks matrix old_list old_slice old_blocks sums at"
-        scope = fixed | {"step": step, "begin": begin, "number": number}
-        s = c_locals(DOWN, "struct Order", names, scope)
-        if s["at"] < s["matrix"]:
-            s = c_locals(DOWN, "if (at < matrix)", "i tile", s)
-            names = "kind expert first count slice step list block"
-            yield fields(DOWN, "if (at < matrix)", names, s)
-        elif s["at"] < s["matrix"] + s["sums"]:
-            s = c_locals(DOWN, "if (at < matrix + sums)", "i", s)
-            yield fields(DOWN, "if (at < matrix + sums)", "kind first step list slice block", s)
-        elif step == p.slices * p.lists:
-            return
-        else:
-            begin, step = begin + s["matrix"] + s["sums"], step + 1
-            continue
-        number += 1
 
 
 def some_tiles(header: list[int], max_tiles: int) -> list[SimpleNamespace]:
@@ -87,109 +37,145 @@ def some_tiles(header: list[int], max_tiles: int) -> list[SimpleNamespace]:
     return tiles
 
 
+def down_constants() -> dict[str, Any]:
+    defines = {"W4_K": 256, "W4_TILES": 1, "W4_GROUP": 128, "W4_PER_WG": 1, "W4_WGS": 3}
+    return c_constants(TABLES, defines | {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0, "W4_PARTS": 8})
+
+
+class Slices:
+    """``Slices`` of prefill_tables.cuh, from its source."""
+
+    def __init__(self, p: SimpleNamespace) -> None:
+        within = "static Slices of"
+        scope = {**down_constants(), "p": p, "_p_slots": p.slots[0], "_p_header": p.header[0]}
+        texts = {name: c_find(TABLES, (within,), name) for name in ("blocks", "slots")}
+        texts["block_bytes"] = c_find(TABLES, (within,), "block_bytes")
+        for name, text in texts.items():
+            scope[name] = c_value(text.replace("*p.", "_p_"), scope)
+        scope["most"] = c_value(c_find(TABLES, (within,), "most"), scope)
+        condition = re.search(r"if \((.*)\) most = ", (CSRC / TABLES).read_text())
+        assert condition is not None
+        if c_value(condition[1], scope):
+            scope["most"] = c_value(c_find(TABLES, (within, "p.y_bytes) "), "most"), scope)
+        scope = c_locals(TABLES, within, "slices", scope)
+        text = c_find(TABLES, (within, "int slices"), "return").removeprefix("Slices{")
+        values = c_value(text.removesuffix("}").replace("*p.", "_p_"), scope)
+        self.blocks, self.tiles, self.slots, self.per_slice = values
+        self.scope = {**scope, **vars(self)}
+
+    def count(self) -> int:
+        return int(c_value(c_find(TABLES, ("int count() const",), "return"), self.scope))
+
+    def blocks_of(self, slice: int) -> int:
+        scope = self.scope | {"slice": slice}
+        return int(c_value(c_find(TABLES, ("int blocks_of(",), "return"), scope))
+
+    def buffer(self, slice: int, block: int, wg: int) -> int:
+        scope = self.scope | {"slice": slice, "block": block, "wg": wg, "y": 0}
+        scope = c_locals(TABLES, "u8* buffer(", "at", scope)
+        return int(c_value(c_find(TABLES, ("u8* buffer(",), "return"), scope))
+
+
+def down_item(p: SimpleNamespace, slices: Slices, number: int) -> Item | None:
+    """``Order::item`` of prefill_tables.cuh."""
+    scope = slices.scope | {"slices": slices, "p": p, "number": number, "kMatrix": 1}
+    s = c_locals(TABLES, "struct Order", "whole slice at", scope)
+    if s["whole"] == 0 or s["slice"] >= slices.count():
+        return None
+    s = c_locals(TABLES, "struct Order", "blocks i", s)
+    if s["i"] >= slices.tiles:
+        return None
+    s = c_locals(TABLES, "struct Order", "tile", s)
+    return fields(TABLES, "struct Order", "kind expert first count slice step block", s)
+
+
+BLOCK = 3 * 128  # bytes of a contribution to a block
+
+
 @pytest.mark.parametrize(
-    ("header", "rows", "slice_blocks", "list_tokens", "tokens", "warp_tokens"),
+    ("tiles", "rows", "slots", "y_bytes"),
     [
-        ([5], 640, 1, 70, 70, 4),
-        ([7], 7168, 8, 1, 1, 16),
-        ([3, 0, 9], 704, 2, 64, 160, 8),
-        ([0, 0], 64, 1, 512, 1000, 16),
-        ([4, 2, 1, 6], 2048, 3, 96, 300, 4),
+        (5, 704, 10, 40 * BLOCK),  # all blocks at once
+        (7, 7168, 300, 300 * 20 * BLOCK),  # slices of different sizes
+        (7, 7168, 300, 300 * 38 * BLOCK),  # as many blocks as fit
+        (7, 7168, 300, 300 * 38 * BLOCK - 1),
+        (3, 7168, 1000, 2000 * BLOCK),  # a block at a time
+        (1, 64, 1, 2 * BLOCK),
+        (4, 192, 0, BLOCK),  # no token has several rows
+        (4, 1280, 70, 70 * 7 * BLOCK - 1),
+        (0, 7168, 0, 1000 * BLOCK),  # no rows
     ],
 )
-def test_down_waits_for_earlier_items_only(
-    header: list[int],
-    rows: int,
-    slice_blocks: int,
-    list_tokens: int,
-    tokens: int,
-    warp_tokens: int,
+def test_down_claims_every_block_of_every_tile_once(
+    tiles: int, rows: int, slots: int, y_bytes: int
 ) -> None:
-    blocks = -(-rows // 256)
-    p = SimpleNamespace(
-        header=header, weights=SimpleNamespace(rows=rows), slice_blocks=slice_blocks,
-        lists=len(header), list_tokens=list_tokens, tokens=tokens, max_tiles=11,
-        warp_tokens=warp_tokens, slices=-(-blocks // slice_blocks),
-        tiles=some_tiles(header, 11), done=0,
-    )  # fmt: skip
-    counts = DownScope(p).scope
-    items = list(down_items(p))
-    matrix = [item for item in items if item["kind"] == counts["kMatrix"]]
-    sums = [item for item in items if item["kind"] == counts["kCombine"]]
-    wanted = sorted((n, i * 100, b) for n, k in enumerate(header) for i, b in
-                    product(range(k), range(blocks)))  # fmt: skip
-    assert sorted((i["list"], i["first"], i["block"]) for i in matrix) == wanted
-    assert all(i["expert"] == i["first"] // 200 and i["count"] == 100 for i in matrix)
-    assert sorted((i["list"] * list_tokens + i["first"], i["block"]) for i in sums) == sorted(
-        (number * list_tokens + first, block)
-        for number in range(len(header))
-        for first in range(0, min(list_tokens, tokens - number * list_tokens), 8 * warp_tokens)
-        for block in range(blocks)
-    )
-    # What is counted when each item begins to wait: all before it. Both warpgroups count.
-    done: dict[int, int] = {}
+    weights, header = SimpleNamespace(rows=rows), [tiles]
+    p = SimpleNamespace(header=header, slots=[slots], weights=weights, y_bytes=y_bytes)
+    p.tiles = some_tiles(header, 9)
+    slices = Slices(p)
+    blocks = -(-rows // 192)
+    assert (slices.blocks, slices.tiles, slices.slots) == (blocks, tiles, slots)
+    # Slices cover all blocks; two of them, or all where there is one, have room in y.
+    runs = [slices.blocks_of(slice) for slice in range(slices.count())]
+    assert sum(runs) == blocks and min(runs) > 0 and {*runs[:-1]} <= {slices.per_slice}
+    block_bytes = slots * BLOCK
+    assert block_bytes * slices.per_slice * min(2, len(runs)) <= y_bytes
+    assert len(runs) == 1 or block_bytes * blocks > y_bytes, "slices that are not needed"
+    fewest = -(-blocks // max(1, y_bytes // (2 * max(1, block_bytes))))
+    assert len(runs) == 1 or len(runs) <= fewest
+    # All of a slice before the next, tiles in order inside slices, blocks in order inside tiles.
+    wanted = [
+        (slice, tile, slice * slices.per_slice + block)
+        for slice, tile in product(range(len(runs)), range(tiles))
+        for block in range(runs[slice])
+    ]
+    items = []
+    for number in range(len(wanted) + 3 * blocks * max(1, tiles)):
+        item = down_item(p, slices, number)
+        assert (item is None) == (number >= len(wanted)), number
+        if item is not None:
+            items.append(item)
+    assert [(item["slice"], item["step"], item["block"]) for item in items] == wanted
     for item in items:
-        step, slice = item["step"], item["slice"]
-        assert step == slice * p.lists + item["list"]
-        assert 0 <= item["block"] - slice * slice_blocks < counts["blocks_of"](p, slice)
-        is_sum = item["kind"] == counts["kCombine"]
-        old = step - counts["kBuffers"]
-        if is_sum or old >= 0:
-            text = c_find(DOWN, ("void sum()" if is_sum else "void run()",), "wait_count(")
-            scope = counts | {"step": step, "old": old, "slice": slice, "list": item["list"]}
-            count, target = c_value(text, scope)
-            assert done.get(count, 0) == target, "waits for an item that comes later"
-        done[step * 2 + is_sum] = done.get(step * 2 + is_sum, 0) + 2
-    assert len(done) <= 2 * p.slices * p.lists and max(done) < 2 * p.slices * p.lists
+        tile = p.tiles[item["step"]]
+        assert item["kind"] == 1 and (item["expert"], item["first"], item["count"]) == (
+            tile.expert, tile.first, tile.count,
+        )  # fmt: skip
+    # What is written at a time does not overlap: this slice and the one before.
+    for slice in range(len(runs)):
+        some = [s for s in (slice - 1, slice) if s >= 0]
+        buffers = sorted(
+            slices.buffer(s, s * slices.per_slice + block, wg)
+            for s in some
+            for block, wg in product(range(runs[s]), range(3))
+        )
+        assert all(b - a >= slots * 128 for a, b in pairwise(buffers)) and buffers[0] >= 0
+        assert slots == 0 or buffers[-1] + slots * 128 <= y_bytes
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 7, 8, 9, 16, 17, 40, plan_prefill.MAX_TOP_K])
-@pytest.mark.parametrize("warp_tokens", plan_prefill.WARP_TOKENS)
-def test_contributions_of_a_warp_have_room(top_k: int, warp_tokens: int) -> None:
-    """``find_pairs``: places in the warp's list, and the token in the high byte of a row."""
-    p = SimpleNamespace(top_k=top_k, warp_tokens=warp_tokens)
-    scope = c_locals(DOWN, "void sum()", "at_once", DownScope(p).scope | {"max": max})
-    room = scope["kWarpPairs"]
-    assert room == plan_prefill.MAX_TOP_K
-    assert 0 < scope["at_once"] <= warp_tokens <= scope["kWarpTokens"] < 256
-    assert scope["at_once"] * top_k <= room
-    found: list[tuple[int, int]] = []
-    here = [bool(n) for n in torch.randint(0, 2, (scope["at_once"] * top_k,)).tolist()]
-    for begin in range(0, len(here), 32):
-        lanes = range(begin, min(begin + 32, len(here)))
-        ballot = {"valid": sum(here[i] << i - begin for i in lanes), "count": len(found)}
-        at_lanes: list[tuple[int, int]] = []
-        for i in (i for i in lanes if here[i]):
-            more = {"lane": i - begin, "__popc": int.bit_count}
-            at = c_value(c_find(DOWN, ("int find_pairs",), "at"), scope | ballot | more)
-            assert at == len(found) + len(at_lanes) < room
-            at_lanes.append((i, c_value("i / p.top_k", scope | {"i": i})))
-        found += at_lanes
-    assert [token for _, token in found] == [i // top_k for i, yes in enumerate(here) if yes]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("tokens", [1, 5, 16])
-def test_every_token_is_stored_once_with_its_experts(tokens: int, share: float) -> None:
-    """``add_up``: tokens without a contribution, too, and batches that end within a token."""
-    at_once = DownScope(SimpleNamespace()).scope["kAtOnce"]
-    here = torch.rand(tokens, 8) < share
-    found = [(token, k) for token in range(tokens) for k in range(8) if here[token, k]]
-    stored: list[list[int]] = []
-    total: list[int] = []
-
-    def finish(before: int) -> None:
-        nonlocal total
-        while len(stored) < before:
-            stored.append(total)
-            total = []
-
-    for begin in range(0, len(found), at_once):
-        for token, k in found[begin : begin + at_once]:
-            finish(token)
-            total.append(k)
-    finish(tokens)
-    assert stored == [torch.nonzero(row).flatten().tolist() for row in here]
+@pytest.mark.parametrize(("tiles", "rows"), [(4, 7168), (3, 704), (5, 64 * 19), (2, 64 * 20)])
+def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, rows: int) -> None:
+    """Warpgroups with rows count, of items with smaller numbers only (``wait_slice``)."""
+    weights = SimpleNamespace(rows=rows)
+    p = SimpleNamespace(header=[tiles], slots=[100], weights=weights, y_bytes=100 * 2 * BLOCK)
+    p.tiles = some_tiles(p.header, 9)
+    slices = Slices(p)
+    assert slices.per_slice == 1
+    for per_slice in range(1, slices.blocks):
+        slices.per_slice = slices.scope["per_slice"] = per_slice
+        left: dict[int, int] = {}
+        for number in range(tiles * slices.blocks):
+            item = down_item(p, slices, number)
+            assert item is not None
+            scope = slices.scope | {"slices": slices, "p": p, "slice": item["slice"]}
+            if item["slice"] >= 2:
+                target = c_value(c_find(DOWN, ("void wait_slice()",), "target"), scope)
+                assert left[item["slice"] - 2] == target
+            scope |= {"block": item["block"]}
+            mine = c_value(c_find(TABLES, ("int row_tiles_of(",), "return"), scope)
+            assert mine == sum(item["block"] * 192 + wg * 64 < rows for wg in range(3))
+            left[item["slice"]] = left.get(item["slice"], 0) + mine
+        assert sum(left.values()) == tiles * rows // 64
 
 
 def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:
@@ -256,3 +242,31 @@ def test_ctas_of_a_cluster_have_items_of_the_same_weights(rows: int, grid: int) 
         (n * 6 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(rows // 256)
     ]
     assert sorted(found) == wanted
+
+
+@pytest.mark.parametrize(("grid", "tokens", "items"), [(132, 5000, 7), (78, 40, 0), (3, 1000, 2)])
+def test_up_looks_at_every_token_once_for_zeros(grid: int, tokens: int, items: int) -> None:
+    """``zero_beside_items``: some with every item, the rest after the last; all columns of each."""
+    body = (CSRC / UP).read_text()
+    body = body[body.index("int zero_tokens(") : body.index("struct UpBody")]
+    assert "i < count && token < p.tokens; ++i, token += gridDim.x)" in body
+    assert "  while (reader.next(queue, ring).kind != kEnd) token = zero_tokens(" in body
+    within = "void zero_beside_items("
+    at_a_time = c_value(c_find(UP, (within,), "zero_tokens("), dict.fromkeys(("p", "token"), 0))[2]
+    scope = {"p": SimpleNamespace(tokens=tokens), "token": 0}
+    rest = c_value(c_find(UP, (within, ".kind != kEnd)", ");\n"), "zero_tokens("), scope)[2]
+    seen = []
+    for block in range(grid):
+        scope = {"blockIdx": SimpleNamespace(x=block)}
+        token = c_value(c_find(UP, (within,), "token"), scope)
+        for count in [at_a_time] * items + [rest]:
+            for _ in range(count):
+                if token < tokens:
+                    seen.append(token)
+                    token += grid
+    assert sorted(seen) == list(range(tokens))
+    loop = re.search(r"for \(int k = (.*?); k < p\.weights\.k; k \+= (\d+)\)", body)
+    assert loop is not None
+    first, more = loop.groups()
+    lanes = [c_value(first, {"threadIdx": SimpleNamespace(x=96 + lane)}) for lane in range(32)]
+    assert lanes == list(range(0, int(more), 8)), "16 bytes each"

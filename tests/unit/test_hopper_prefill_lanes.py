@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +23,15 @@ from sglang_w4afp8.kernels.hopper.plan import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 RING, JOBS = "prefill_ring.cuh", "prefill_own_jobs.cuh"
+DOWN = "prefill_down.cu"
 SIZES = {"kCluster": 2, "kConsumers": 256, "kReaders": 11, "kWeightWarps": 2, "kTokenWarps": 4}
+SIZES["kTokenArrivals"] = int(c_find(RING, (), "kTokenArrivals"))
 # Arrivals by threads for themselves, and by warps.
 COPIES, QUEUE_FULL = (1, 0), (1, 0)  # who expects the bytes; who claims
 ARRIVALS = {
     RING: {
         "ring.weights_full(i)": COPIES,
-        "ring.tokens_full(i, h)": (64, 0),  # every lane of two warps, with its copies
+        "ring.tokens_full(i, h)": (64, 0),  # every lane of two warps; see below
         "ring.empty(i)": (0, 2 * 8),
         "ring.queue_bars + i * 16": QUEUE_FULL,
         "ring.queue_bars + i * 16 + 8": (0, 8 + 3),
@@ -44,6 +46,11 @@ ARRIVALS = {
         "number_full(i)": (1, 0),  # who has written the number
         "number_empty(i)": (0, 2),
         "turn(i / 4, i % 4)": (0, 1),
+    },
+    DOWN: {
+        "tables.full(i)": COPIES,
+        "tables.ready(i)": (0, 1),  # who has seen that all is there
+        "tables.empty(i)": (0, 8),
     },
     "gemm.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "own_down.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
@@ -103,6 +110,21 @@ def test_warps_arrive_as_the_define_says(source: str) -> None:
         if not re.search(GUARD, line):
             others[source, line] = others.get((source, line), 0) + 1
     assert others == {key: n for key, n in OTHERS.items() if key[0] == source}
+
+
+def test_tokens_arrive_as_often_in_whatever_order_they_are() -> None:
+    """Every lane of two warps with its own copies, or one lane for all of them."""
+    copies = "prefill.cuh"
+    body = c_text(copies)
+    body = body[body.index("void produce_tokens(") : body.index("void produce_rows(")]
+    assert len(re.findall(r"async_copy_arrive\(ring\.tokens_full\(", body)) == 1
+    up = (build.CSRC / "prefill_up.cu").read_text()
+    assert up.count("produce_tokens(") == 1 and "queue, ring, warp - 2," in up
+    expected = c_find(copies, ("void produce_rows(",), "barrier_expect_all(")
+    scope = SIZES | {"full": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
+    assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
+    text = (build.CSRC / copies).read_text()
+    assert text.count("barrier_expect_all(") == text.count("if (lane == 0) barrier_expect_all(")
 
 
 def test_the_first_turn_is_passed_on_by_as_many_as_a_warp() -> None:

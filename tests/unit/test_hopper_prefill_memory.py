@@ -1,4 +1,4 @@
-"""The prefill path without a GPU: what its kernels put where in shared memory and in y.
+"""The prefill path without a GPU: what its kernels put where in shared memory.
 
 Constants and index expressions are the kernels' own (``tests/helpers/kernel_source.py``). What they
 are held against: the order of the module ``layout``, and wgmma's operands as the PTX ISA has them.
@@ -6,118 +6,147 @@ are held against: the order of the module ``layout``, and wgmma's operands as th
 
 from __future__ import annotations
 
-import re
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
+from kernel_source import c_constants, c_find, c_locals, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
 from sglang_w4afp8.packing import pack_int4
 
 COMMON, RING = "prefill.cuh", "prefill_ring.cuh"
 UP, DOWN = "prefill_up.cu", "prefill_down.cu"
+TWO, ONE, THREE = (2, 2), (2, 1), (3, 1)  # consumer warpgroups, and row tiles of each in an item
 SHAPES = [
-    # rows, K, group, gate and up, row tiles of a warpgroup in an item
-    (512, 512, 128, True, 2),
-    (896, 256, 32, True, 2),  # 14 row tiles: two in the last block
-    (192, 384, 64, True, 1),
-    (128, 256, 128, True, 1),
-    (1344, 192, 32, True, 2),  # 21 row tiles
-    (640, 256, 128, False, 2),
-    (704, 512, 64, False, 2),  # 11 row tiles
-    (640, 128, 128, False, 2),
-    (896, 128, 32, False, 2),
-    (768, 64, 64, False, 2),
-    (512, 64, 32, False, 2),
-    (320, 192, 64, False, 2),
-    (448, 384, 128, False, 2),
+    # rows, K, group, gate and up
+    (512, 512, 128, True, TWO),
+    (896, 256, 32, True, TWO),  # 14 row tiles: two in the last block
+    (192, 384, 64, True, ONE),
+    (128, 256, 128, True, ONE),
+    (1344, 192, 32, True, TWO),  # 21 row tiles
+    # Tokens in the order of the list
+    (1024, 512, 128, True, THREE),  # stages of the layout are cut
+    (640, 256, 32, True, THREE),  # ten row tiles: one in the last block
+    (704, 192, 64, True, THREE),
+    (896, 128, 128, True, THREE),
+    (640, 384, 128, False, THREE),
+    (640, 256, 128, False, THREE),
+    (704, 512, 64, False, THREE),  # 11 row tiles
+    (512, 512, 32, False, THREE),
+    (320, 320, 64, False, THREE),
+    (448, 448, 32, False, THREE),
     # Hidden sizes of models for tests: K of gate and up, rows of down.
-    (512, 64, 64, True, 2),
-    (128, 64, 32, True, 1),
-    (896, 128, 128, True, 2),
-    (640, 128, 32, True, 1),
-    (64, 256, 128, False, 2),
-    (64, 64, 32, False, 2),
-    (64, 512, 64, False, 2),
-    (128, 128, 128, False, 2),
-    (128, 64, 64, False, 2),
-    (128, 192, 64, False, 2),
+    (512, 64, 64, True, TWO),
+    (128, 64, 32, True, ONE),
+    (896, 128, 128, True, TWO),
+    (640, 128, 32, True, ONE),
+    (640, 64, 32, True, THREE),
+    (640, 128, 32, True, THREE),
+    (64, 512, 64, False, THREE),
+    (64, 320, 32, False, THREE),
+    (128, 512, 128, False, THREE),
+    (192, 320, 64, False, THREE),
 ]
 
 
 def constants(
-    source: str, rows: int, k: int, group: int, per_wg: int = 2, cluster: int = 1
+    rows: int,
+    k: int,
+    group: int,
+    cut: tuple[int, int] = TWO,
+    cluster: int = 1,
+    gate_up: bool = True,
 ) -> dict[str, Any]:
-    shape = StageShape.of(rows, k, group, source == UP)
+    shape = StageShape.of(rows, k, group, gate_up)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
-    more = {"W4_MINUS_EIGHT": 1, "W4_PER_WG": per_wg, "W4_DYNAMIC": 0, "W4_CLUSTER": cluster}
-    return c_constants(source, defines | more | {"W4_PANEL": 0})
+    defines |= {"W4_MINUS_EIGHT": 1, "W4_WGS": cut[0], "W4_PER_WG": cut[1], "W4_DYNAMIC": 0}
+    more = {"W4_PANEL": 0} if gate_up else {"W4_PARTS": 8}
+    return c_constants(UP if gate_up else DOWN, defines | more | {"W4_CLUSTER": cluster})
 
 
 def stages(
     c: dict[str, Any], w: torch.Tensor, s: torch.Tensor, block: int, cta: int = 0
 ) -> list[torch.Tensor]:
-    """``produce_weights`` of a CTA: shared memory after a stage's copies; 0x77 where none came."""
+    """Shared memory after a stage's copies; 0x77 where none came.
+
+    ``produce_weights`` of a CTA, or ``produce_tiles`` where there are three consumer warpgroups.
+    """
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
     item = SimpleNamespace(block=block, expert=experts - 1)
     p = SimpleNamespace(rows=rows, k=k, w=0, scales=0)
-    found = []
+    fixed: dict[str, Any] = {**c, "p": p, "item": item, "blockIdx": SimpleNamespace(x=cta)}
+    fixed |= {"ring": SimpleNamespace(stage=lambda slot: 0), "place": SimpleNamespace(slot=0)}
+    within, names = "void produce_weights", "lane tiles stages kBlockTiles kTogether kCopies mine "
+    names += "is_scale first row_bytes tile_bytes to row_tiles tile block beside count from"
+    if c["kWgs"] == 3:
+        within, names = "void produce_tiles", "lane tiles stages kBlockTiles is_scale mine "
+        names += "row_bytes bytes to row_tiles tile block beside here from"
+    size = c["kStageBytes"]
+    found = [torch.full((size,), 0x77, dtype=torch.uint8) for _ in range(k // c["kStageK"])]
     for lane in range(32):
-        scope: dict[str, Any] = {**c, "p": p, "item": item, "threadIdx": SimpleNamespace(x=lane)}
-        scope["blockIdx"] = SimpleNamespace(x=cta)
-        names = "lane tiles stages kBlockTiles kTogether kCopies mine is_scale first row_bytes"
-        names += " tile_bytes to row_tiles tile block beside count from"
-        scope = c_locals(COMMON, "void produce_weights", names, scope)
-        at, count = scope["from"], scope["count"]
-        for step in range(scope["stages"]):
-            if lane == 0:
-                found.append(torch.full((c["kStageBytes"],), 0x77, dtype=torch.uint8))
-            if count > 0:
-                size = count * scope["tile_bytes"]
-                target = found[step][scope["to"] : scope["to"] + size]
-                assert (target == 0x77).all(), "copied to twice"
-                target[:] = flat[int(scope["is_scale"])][at : at + size]
-            at += c_value(c_find(COMMON, ("void produce_weights",), "from +="), scope)
+        scope = c_locals(COMMON, within, names, fixed | {"threadIdx": SimpleNamespace(x=lane)})
+        for step, stage in enumerate(found):
+            cut = step % c["kCuts"]
+            if c["kWgs"] == 3:
+                text = c_find(COMMON, (within, "if (here)"), "bulk_copy(")
+                to, at, size, _ = c_value(text, scope | {"cut": cut, "full": 0})
+                size *= scope["here"]
+            else:
+                to, at, size = scope["to"], scope["from"], scope["count"] * scope["tile_bytes"]
+            if size > 0:
+                assert (stage[to : to + size] == 0x77).all(), "copied to twice"
+                stage[to : to + size] = flat[int(scope["is_scale"])][at : at + size]
+            if cut == c["kCuts"] - 1:
+                scope["from"] += c_value(c_find(COMMON, (within,), "from +="), scope)
     return found
 
 
-@pytest.mark.parametrize(("rows", "k", "group", "gate_up", "per_wg"), SHAPES)
+def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> dict[str, Any]:
+    """What ``load_fragment`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
+    if c["kWgs"] == 3:
+        within = "void multiply_one"
+        at = c_locals(COMMON, within, "w_at s_at", scope | {"f": 0, "group": 7})
+        _, w, s, tile, group = c_value(c_find(COMMON, (within,), "load_fragment("), at)
+        assert group == 7, "all groups of the stage"
+    else:
+        at = c_locals(COMMON, "void multiply(", "w_at s_at codes scales", scope | {"half": half})
+        w, s = at["codes"] + at["w_at"], at["scales"] + at["s_at"]
+    found = scope | {"w": w, "s": s, "tile": tile, "group": 0}
+    more = c_value(c_find(COMMON, ("void load_fragment",), "w +="), found)
+    return found | {"w": w + more}
+
+
+@pytest.mark.parametrize(("rows", "k", "group", "gate_up", "cut"), SHAPES)
 def test_fragments_are_the_rows_of_the_item(
-    rows: int, k: int, group: int, gate_up: bool, per_wg: int
+    rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int]
 ) -> None:
-    """``load_fragment``, for every thread and scale group, on what ``produce_weights`` copied."""
+    """``load_fragment``, for every thread and scale group, on what was copied."""
     generator = torch.Generator().manual_seed(rows + k)
     codes = torch.randint(-8, 8, (3, rows, k), generator=generator, dtype=torch.int8)
     scales = torch.rand(3, rows, k // group, generator=generator).bfloat16()
     packed, wanted = pack_int4(codes), scales.clone()
     shuffle_in_place(packed, scales, gate_up, True)
-    c = constants(UP if gate_up else DOWN, rows, k, group, per_wg)
+    c = constants(rows, k, group, cut, gate_up=gate_up)
     order = _row_order(rows, gate_up, c["kLayoutTiles"]).view(-1, 4, 8, 2)
     thread = torch.arange(128)
     warp, g, q = thread // 32, thread % 32 // 4, thread % 4
     seen = torch.zeros(rows, k, dtype=torch.int32)
     for block in range(-(-rows // 64 // c["kRowTiles"])):
         for step, shared in enumerate(stages(c, packed, scales, block)):
-            for wg, half, tile in product(range(2), range(c["kHalves"]), range(per_wg)):
-                row_tile = block * c["kRowTiles"] + wg * per_wg + tile
+            for wg, half, tile in product(range(cut[0]), range(c["kHalves"]), range(cut[1])):
+                row_tile = block * c["kRowTiles"] + wg * cut[1] + tile
                 if row_tile * 64 >= rows:
                     continue
                 at = {**c, "thread": thread, "lane": thread % 32, "wg": wg, "stage": 0}
-                at = c_locals(COMMON, "void multiply", "w_at s_at", at | {"half": half})
-                at = c_locals(COMMON, "void multiply", "codes scales", at)
-                fixed = at | {"w": at["codes"] + at["w_at"], "s": at["scales"] + at["s_at"]}
-                fixed |= {"tile": tile, "group": 0}
-                more = c_value(c_find(COMMON, ("void load_fragment",), "w +="), fixed)
-                fixed["w"] = fixed["w"] + more
+                fixed = fragment(c, at, tile, half)
                 rows_of = order[row_tile, warp, g]  # (128, 2)
                 for part in range(c["kGroups"]):
                     scope = fixed | {"group": part}
-                    first = step * c["kSpan"] + half * c["kK"] + part * group
+                    first = step * c["kStageK"] + half * c["kK"] + part * group
                     fetch = "lds128(" if group >= 64 else "lds64("
                     for h in range(max(1, group // 64)):
                         text = c_find(COMMON, ("void load_fragment",), fetch)
@@ -142,9 +171,9 @@ def test_fragments_are_the_rows_of_the_item(
 def test_ctas_of_a_cluster_copy_half_of_a_stage_each(rows: int, k: int, group: int) -> None:
     codes = torch.zeros(2, rows, k // 2, dtype=torch.uint8)
     scales = torch.zeros(2, rows, k // group, dtype=torch.bfloat16)
-    alone = constants(UP, rows, k, group)
-    c = constants(UP, rows, k, group, cluster=2)
-    arrivals = c_find(RING, ("ring.tokens_full(i, h), 64",), "barrier_init(")
+    alone = constants(rows, k, group)
+    c = constants(rows, k, group, cluster=2)
+    arrivals = c_find(RING, ("ring.tokens_full(i, h), kTokenArrivals",), "barrier_init(")
     ring = SimpleNamespace(empty=lambda i: i)
     # A lane of each consumer warp for each CTA
     assert c_value(arrivals, c | {"i": 0, "ring": ring})[1] == 2 * 256 // 32
@@ -161,7 +190,7 @@ def test_ctas_of_a_cluster_copy_half_of_a_stage_each(rows: int, k: int, group: i
 
 def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tuple[int, int]]]:
     """``produce_tokens``: (token, first column) of 16 bytes, by address, for each stage along K."""
-    shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kSpan"])]
+    shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
     within, function = "void produce_tokens", ("void produce_tokens",)
     for part, lane in product(range(2), range(32)):
         scope: dict[str, Any] = {**c, "part": part, "threadIdx": SimpleNamespace(x=lane)}
@@ -185,50 +214,101 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
     return shared
 
 
+def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> list[list[int]]:
+    """Where the matrix unit reads 16 bytes of a stage's half: of columns of K, for each token."""
+    loop = "void multiply_one" if cut == THREE else "void multiply("
+    found: list[list[int]] = [[] for _ in range(c["kTokens"])]
+    scope = {**c, "stage": stage, "half": half}
+    scope["address"] = c_value(c_find(COMMON, (loop,), "panel_descriptor("), scope)
+    scope = c_locals(COMMON, "u64 panel_descriptor", "kSwizzle", scope)
+    begin = c_value(c_find(COMMON, ("u64 panel_descriptor",), "return"), scope)
+    number = c_find(COMMON, (loop, "Mma<kN>::issue("), "column_step(").split(")")[0]
+    for group, j in product(range(c["kGroups"]), range(c["kSteps"])):
+        step = {**c, "j": c_value(number, {**c, "group": group, "j": j})}
+        descriptor = begin + c_value(c_find(COMMON, ("u64 column_step",), "return"), step)
+        # PTX ISA: bits 0-13 address, 32-45 stride of eight rows, 62-63 swizzle of 128 or 64
+        # bytes: address bits 7-9 or 7-8 are added to bits 4-6 or 4-5.
+        start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+        row_bytes, bits = {1: (128, 7), 2: (64, 3)}[descriptor >> 62]
+        for token, piece in product(range(c["kTokens"]), range(2)):
+            address = start + token // 8 * stride + token % 8 * row_bytes + piece * 16
+            found[token].append(address ^ (address >> 7 & bits) << 4)
+    return found
+
+
+@pytest.mark.parametrize("cut", [TWO, THREE])
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 512])
-def test_panels_are_swizzled_as_wgmma_reads_them(k: int) -> None:
+def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int]) -> None:
     """``produce_tokens`` against ``panel_descriptor`` and ``column_step``."""
-    c, stage = constants(DOWN, 64, k, 64), 5 * 1024
+    c, stage = constants(128, k, 64, cut), 5 * 1024
     for step, shared in enumerate(produced_tokens(c, k, stage)):
         assert sorted(shared) == list(range(stage, stage + c["kHalves"] * c["kTokenBytes"], 16))
-        for half, j in product(range(c["kHalves"]), range(c["kK"] // 32)):
-            scope = {**c, "stage": stage, "half": half, "j": j}
-            where = c_find(COMMON, ("void multiply",), "panel_descriptor(")
-            scope["address"] = c_value(where, scope)
-            scope = c_locals(COMMON, "u64 panel_descriptor", "kSwizzle", scope)
-            found = c_value(c_find(COMMON, ("u64 panel_descriptor",), "return"), scope)
-            found += c_value(c_find(COMMON, ("u64 column_step",), "return"), scope)
-            # PTX ISA: bits 0-13 address, 32-45 stride of eight rows, 62-63 swizzle of 128 or 64
-            # bytes: address bits 7-9 or 7-8 are added to bits 4-6 or 4-5.
-            start, stride = (found & 0x3FFF) << 4, (found >> 32 & 0x3FFF) << 4
-            row_bytes, bits = {1: (128, 7), 2: (64, 3)}[found >> 62]
-            for token, piece in product(range(c["kTokens"]), range(2)):
-                address = start + token // 8 * stride + token % 8 * row_bytes + piece * 16
-                address ^= (address >> 7 & bits) << 4
-                column = step * c["kSpan"] + half * c["kK"] + j * 32 + piece * 16
-                assert shared[address] == (token, column)
+        for half in range(c["kHalves"]):
+            first = step * c["kStageK"] + half * c["kK"]
+            for token, addresses in enumerate(operand(c, cut, stage, half)):
+                columns = [(token, first + 16 * i) for i in range(c["kK"] // 16)]
+                assert [shared[address] for address in addresses] == columns
+
+
+@pytest.mark.parametrize(("k", "group"), [(320, 64), (384, 32), (512, 128), (640, 128), (576, 64)])
+def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
+    """What gate and up write, through down's copies, to where the matrix unit wants it."""
+    c, stage, b_rows = constants(64, k, group, THREE, gate_up=False), 5 * 1024, 1000
+    up = constants(2 * k, 512, group, THREE) | {"kOutPanel": c["kPanel"], "kColumns": c["kPanel"]}
+    # Tiles of an expert begin at any row; the next ones a multiple of 16 rows behind.
+    for first, before, count in ((0, 0, 128), (37, 0, 48), (37, 48, 33), (901, 96, 3)):
+        q, p = {}, SimpleNamespace(q=0, q_rows=b_rows, rows=None)
+        for column, feature in product(range(count), range(0, k, 16)):
+            scope = up | {"p": p, "c": column, "row": first + before + column, "kSorted": 1}
+            scope["row"] = c_value(c_find(UP, ("auto row_of",), "return"), scope)
+            scope = c_locals(UP, "u8* q_piece", "number key at", scope | {"column": feature})
+            address = c_value(c_find(UP, ("u8* q_piece", "u64 at"), "return"), scope)
+            assert address not in q and 0 <= address <= b_rows * k - 16
+            q[address] = column, feature
+        shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
+        for lane in range(32):
+            scope = {**c, "threadIdx": SimpleNamespace(x=lane), "k": k, "rows": b_rows, "b": 0}
+            scope |= {"kBlocks": 0, "item": SimpleNamespace(first=first + before, count=count)}
+            scope |= {"ring": SimpleNamespace(stage=lambda slot: stage), "full": 0}
+            names = "lane kPanels kPieces panel piece step_bytes begin end line from to mine"
+            scope = c_locals(COMMON, "void produce_rows", names, scope)
+            scope["place"] = SimpleNamespace(slot=0)
+            for memory in shared if scope["mine"] else []:
+                copy = c_find(COMMON, ("void produce_rows", "if (mine)"), "bulk_copy(")
+                to, at, size, _ = c_value(copy, scope)
+                assert not any(to + i in memory for i in range(0, size, 16))
+                memory |= {to + i: q[at + i] for i in range(0, size, 16)}
+                scope["from"] += c_value(c_find(COMMON, ("void produce_rows",), "from +="), scope)
+        for step, memory in enumerate(shared):
+            assert len(memory) * 16 == count * c["kStageK"], "what the barrier expects"
+            for token, addresses in enumerate(operand(c, THREE, stage, 0)[:count]):
+                columns = [(token, step * c["kStageK"] + 16 * i) for i in range(c["kK"] // 16)]
+                assert [memory[address] for address in addresses] == columns
 
 
 def test_gate_and_up_end_as_the_feature_of_their_rows() -> None:
-    for rows, k, per_wg in (
-        (512, 256, 2),
-        (384, 256, 1),
-        (896, 256, 2),
-        (128, 64, 1),
-        (512, 64, 2),
+    for rows, k, cut in (
+        (512, 256, TWO),
+        (384, 256, ONE),
+        (896, 256, TWO),
+        (128, 64, ONE),
+        (512, 64, TWO),
+        (640, 256, THREE),
+        (1024, 128, THREE),
+        (1152, 192, THREE),
     ):
-        c = constants(UP, rows, k, 64, per_wg)
+        c = constants(rows, k, 64, cut)
         order = _row_order(rows, True, 1).view(-1, 4, 8, 2)
         features = []
-        for block, wg in product(range(-(-rows // 64 // c["kRowTiles"])), range(2)):
+        for block, wg in product(range(-(-rows // 64 // c["kRowTiles"])), range(cut[0])):
             item = SimpleNamespace(block=block)
             p = SimpleNamespace(weights=SimpleNamespace(rows=rows))
             scope = {**c, "item": lambda item=item: item, "p": p, "wg": wg}
             s = c_locals(UP, "void run()", "row_tile tiles", scope)
             gathered = {}
-            for thread, t in product(range(128), range(per_wg)):
+            for thread, t in product(range(128), range(cut[1])):
                 f = c_locals(UP, "void run()", "f", {"thread": thread, "lane": thread % 32})["f"]
-                assert c["kPitch"] >= per_wg * 32 and (per_wg - 1) * 32 + f < c["kFeatures"]
+                assert c["kPitch"] >= c["kFeatures"] > t * 32 + f
                 gathered[t * 32 + f] = s["row_tile"] + t, thread // 32, thread % 32 // 4
             for piece in range(c["kFeatures"] // 16):
                 if piece * 16 < s["tiles"] * 32:
@@ -238,108 +318,3 @@ def test_gate_and_up_end_as_the_feature_of_their_rows() -> None:
                         assert order[tile, warp, g].tolist() == [at, at + rows // 2]
                         features.append(at)
         assert sorted(features) == list(range(rows // 2))
-
-
-# ---- y -------------------------------------------------------------------------------------------
-Value = tuple[int, int, int]  # row tile of the warpgroup, row in it, column of the tile of tokens
-
-
-def run_stores(c: dict[str, Any], wg: int, first: int, columns: int) -> dict[int, list[Value]]:
-    """The epilogue of ``DownBody::run``: words of shared memory (two values), by address."""
-    item = SimpleNamespace(first=first, count=columns)
-    run = ("void run()",)
-    lanes = []
-    for thread in range(128):
-        scope = {**c, "thread": thread, "lane": thread % 32, "wg": wg, "out_at": 0}
-        scope |= {"item": lambda: item, "make_uint4": lambda *words: words}
-        scope |= {"pack_bf16": lambda low, high: [low, high]}
-        scope |= {"__shfl_xor_sync": lambda mask, value, distance: (value, distance)}
-        lanes.append(c_locals(DOWN, "void run()", "g odd to row piece", scope))
-    packed = [c_find(DOWN, run, f"token[e][{t}]").replace(" * scale", "") for t in range(2)]
-    sent = [c_find(DOWN, run, name) for name in ("other0", "other1")]
-    shared: dict[int, list[Value]] = {}
-    for i in range(0, columns // 2, 4):
-        for thread, s in enumerate(lanes):
-            # wgmma's accumulators: acc[i] and acc[i + 1] are two columns of eight, the next two the
-            # same eight rows below.
-            upper, c0 = thread // 32 * 16 + thread % 32 // 4, i * 2 + thread % 4 * 2
-            acc = [
-                {i + 2 * r + e: (t, upper + 8 * r, c0 + e) for r in range(2) for e in range(2)}
-                for t in range(2)
-            ]
-            s |= {"acc": acc, "i": i}
-            s["token"] = [[c_value(text, s | {"e": e}) for text in packed] for e in range(2)]
-        addresses = []
-        for thread, s in enumerate(lanes):
-            scope = dict(s)
-            for name, text in zip(("other0", "other1"), sent, strict=True):
-                _, distance = c_value(text, s)
-                scope[name], _ = c_value(text, lanes[thread ^ distance])
-            address, words = c_value(c_find(DOWN, run, "sts128("), scope)
-            addresses.append(address)
-            for n, word in enumerate(words):
-                assert address + 4 * n not in shared, "stored twice"
-                shared[address + 4 * n] = word
-        for eight in range(0, 128, 8):
-            banks = {address // 16 % 8 for address in addresses[eight : eight + 8]}
-            assert len(banks) == 8, "bank conflicts"
-    return shared
-
-
-@pytest.mark.parametrize(
-    ("k", "rows", "first", "columns"),
-    [
-        (256, 704, 37, 48),
-        (192, 320, 0, 16),
-        (128, 640, 37, 48),
-        (128, 896, 6, 80),
-        (64, 768, 0, 16),
-        (64, 512, 37, 128),
-        (256, 64, 37, 48),
-        (64, 64, 0, 16),
-        (128, 128, 6, 80),
-        (64, 128, 37, 16),
-    ],
-)
-def test_outputs_come_to_their_rows(k: int, rows: int, first: int, columns: int) -> None:
-    """From a thread's accumulators through y to the rows of the checkpoint."""
-    c = constants(DOWN, rows, k, 64)
-    order = _row_order(rows, False, c["kLayoutTiles"]).view(-1, 4, 8, 2)
-    text = c_text(DOWN)
-    branches = re.findall(r"const int at = (row .*?);\n(.*?)\n    }", text, re.S)
-    assert len(branches) == 3
-    y = {}
-    for wg in range(2):
-        stored = run_stores(c, wg, first, columns)
-        assert sorted(stored) == list(
-            range(wg * c["kOutBytes"], wg * c["kOutBytes"] + columns * 256, 4)
-        )
-        for address, word in stored.items():  # the bulk copy
-            y[wg, first * 256 + address - wg * c["kOutBytes"]] = word
-    at_text, body = branches[{1: 0, 2: 1, 4: 2}[c["kLayoutTiles"]]]
-    calls = re.findall(r"two\((.*?), r\[(\d)\], r\[(\d)\]\);", body)
-    for column in range(0, columns, columns // 16):
-        place = first + column
-        for block in range(-(-rows // 256)):
-            out: dict[int, tuple[int, ...]] = {}
-            for lane in range(32):
-                scope = {**c, "threadIdx": SimpleNamespace(x=lane), "lane": lane, "row": place}
-                piece = c_locals(DOWN, "void add_up", "piece", scope | {"at": place})["piece"]
-                scope = c_locals(DOWN, "void store(", "lane wg warp g", scope)
-                p, blocks = SimpleNamespace(slice_blocks=8), {"step": 0, "block": block, "slice": 0}
-                text = c_find(DOWN, ("void sum()",), "buffer(")
-                _, _, from_wg = c_value(text, scope | blocks | {"p": p})
-                r = [y[from_wg, place * 256 + piece + 4 * j] for j in range(4)]
-                scope["at"] = c_value(at_text, scope | {"row": block * 256})
-                for where, *two in calls:
-                    at = c_value(where, scope)
-                    if at < rows:
-                        for n, value in enumerate(v for j in two for v in r[int(j)]):
-                            assert at + n not in out, "written twice"
-                            out[at + n] = from_wg, *value
-            assert sorted(out) == list(range(block * 256, min(rows, block * 256 + 256)))
-            for at, (wg, tile, row, from_column) in out.items():
-                assert from_column == column
-                row_tile = block * 4 + wg * 2 + tile
-                warp, half, g = row // 16, row // 8 % 2, row % 8
-                assert order[row_tile, warp, g, half] == at

@@ -70,7 +70,7 @@ def test_every_call_has_its_kernel_and_sorters(layer: Layer, sms: int) -> None:
     for tokens in some_tokens(layer, sms, 150):
         plan = planned(layer, tokens, sms)
         _, up, down = plan.launches
-        assert plan.slices == 0 and down.kernel.source == KERNEL
+        assert plan.room == 0 and down.kernel.source == KERNEL
         assert {launch.kernel for launch in plan.launches} <= ahead, tokens
         c = own_constants(down.kernel)
         assert plan.down.tokens <= c["kMostTokens"] and plan.down.tokens % plan.down.parts == 0

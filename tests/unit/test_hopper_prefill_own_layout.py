@@ -64,7 +64,7 @@ def test_the_matrix_unit_reads_what_gate_and_up_wrote(
     # Others' experts, experts named twice, one that has most tokens.
     ids = [order.choice((0, 0, 0, 1, 2, 3, 4, 5, 6, -1)) for _ in range(tokens * layer.top_k)]
     plan = planned(layer, tokens, 132)
-    assert plan.down.count > 2 and plan.slices == 0
+    assert plan.down.count > 2 and plan.room == 0
     c = own_constants(plan.launches[2].kernel)
     found = Route(ids, layer, plan, seed=inner)
     stride = plan.down.tokens * layer.top_k

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
 from math import gcd
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ LAYERS = [
     Layer(MAX_EXPERTS, 7168, 512, 128, 128, 9, False, False),
     Layer(8, 64, 64, 32, 64, 2, True, True),  # of models for tests
     Layer(8, 128, 320, 128, 32, 4, False, False),
+    Layer(64, 4096, 576, 128, 32, plan_prefill.MAX_TOP_K, False, True),  # the largest tables
 ]
 OWN = [layer for layer in LAYERS if layer.inner <= plan_prefill.OWN_MOST_K]
 """Whose CTAs of down own outputs: their third kernel is in test_hopper_prefill_own.py."""
@@ -43,19 +44,20 @@ OLD = [layer for layer in LAYERS if layer not in OWN]
 TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(400, 40_001, 1800)})
 
 
-def kernel_bytes(source: str, c: dict[str, int], ring: int) -> tuple[int, int]:
+def kernel_bytes(source: str, c: dict[str, Any], ring: int) -> tuple[int, int]:
     """Dynamic shared memory that ``make_ring`` lays out at the worst address, and static."""
     static = 32 * c["kQueue"]  # struct Item
     if source == "prefill_down.cu":
-        summed = c_offsets(source, "Summed")[1] * c["kWarpPairs"]
-        static += (c_offsets(source, "Memory")[1] + summed) * c["kConsumers"] // 32
+        static += c_offsets(source, "Memory")[1] * c["kConsumers"] // 32
     else:
-        static += 2 * c["kGatherBytes"] + 2 * 4
-    extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING)[2]
+        static += c["kWgs"] * (c["kGatherBytes"] + 4)
+    more = {"Tables": SimpleNamespace(bytes=lambda: c_value(TABLE_BYTES, c))}
+    extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING | more)[2]
     barriers = ring * c["kBars"] + c["kQueue"] * 16
     return 1024 - 128 + ring * c["kStageBytes"] + extra + barriers, static
 
 
+TABLE_BYTES = c_find("prefill_tables.cuh", ("constexpr int bytes()",), "return")
 MAKE_RING = {"shared": 0, "p": SimpleNamespace(ring=0)}
 
 
@@ -70,8 +72,8 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
             continue
         c = c_constants(launch.kernel.source, dict(launch.kernel.defines))
         dynamic, static = kernel_bytes(launch.kernel.source, c, launch.ring)
-        # A consumer waits for the next stage before it gives the last one back.
-        assert launch.ring >= 2
+        # Two warpgroups wait for the next stage before they give the last one back; three do not.
+        assert launch.ring >= (2 if c["kWgs"] == 2 or layer.top_k < plan_prefill.MAX_TOP_K else 1)
         # The kernels declare 128 bytes of alignment, so no more than the rest is lost.
         assert launch.shared_bytes == dynamic + 128
         assert launch.shared_bytes + static <= CTA_SHARED_BYTES
@@ -83,11 +85,39 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
         assert c["kK"] % 64 == 0 and c["kK"] % c["kGroup"] == 0 and c["kGroup"] % 32 == 0
         assert c["kStageBytes"] < 1 << 20, "more bytes than a barrier counts"
         shape = layer.up if up else layer.down
-        assert shape.k % c["kSpan"] == 0 and c["kPerWg"] == 2 if not up else c["kPerWg"] in (1, 2)
+        assert shape.k % c["kSpan"] == 0 and (c["kWgs"] == 3) == (not own)
+        assert c["kPerWg"] == 1 if not own else c["kPerWg"] in (1, 2)
         assert {c["kLayoutTiles"], shape.tiles} <= {1, 2, 4} and c["kLayoutTiles"] == shape.tiles
     route = c_constants("prefill_route.cu", {})
     assert route["kMaxExperts"] == route["kThreads"] == MAX_EXPERTS  # a thread for each expert
     assert route["kPart"] == plan_prefill.SORT_PAIRS and route["kTokens"] == c["kTokens"]
+
+
+@pytest.mark.parametrize("layer", OLD, ids=str)
+def test_kernels_agree_on_the_order_of_the_list(layer: Layer) -> None:
+    """Panels of x and q, and the tables of owners and parts."""
+    plan = planned(layer, 5000, 132)
+    _, up, down = (dict(launch.kernel.defines) for launch in plan.launches)
+    c = c_constants("prefill_up.cu", up), c_constants("prefill_down.cu", down)
+    assert plan.panel == (c[0]["kPanel"], c[1]["kPanel"]) and c[0]["kOutPanel"] == c[1]["kPanel"]
+    assert c[0]["kSorted"] and all(one["kWgs"] == plan_prefill.SORTED_WARPGROUPS for one in c)
+    assert all(one["kCluster"] == one["kHalves"] == 1 for one in c)
+    assert layer.hidden % plan.panel[0] == 0 and layer.inner % plan.panel[1] == 0
+    route = c_constants("prefill_route.cu", {})
+    assert route["kBlockRows"] == c[0]["kBlockRows"] == plan_prefill.BLOCK_ROWS
+    sizes = [c_offsets("prefill_lists.cuh", name)[1] for name in ("Owner", "Part")]
+    assert sizes == [plan_prefill.OWNER_BYTES, plan_prefill.PART_BYTES]
+    assert c[1]["kMostParts"] == plan.most_parts and c[1]["kTables"] == plan_prefill.TABLES
+    # A token has no more rows than experts; bulk copies are of 16 bytes at 16 bytes.
+    assert plan.most_parts >= layer.top_k and plan.most_parts * sizes[1] % 16 == 0
+    assert c[1]["kTableBytes"] % 16 == c[1]["kOwnerBytes"] % 16 == 0
+    behind = c[1]["kWgs"] * c[1]["kOutBytes"] + c[1]["kTables"] * c[1]["kTableBytes"]
+    last = max(
+        c_value(c_find("prefill_tables.cuh", (f"u32 {name}(int i)",), "return"), scope)
+        for name in ("full", "ready", "empty")
+        for scope in ({"bars": behind, "i": i} for i in range(plan_prefill.TABLES))
+    )
+    assert last + 8 <= c_value(TABLE_BYTES, c[1])
 
 
 def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: int) -> None:
@@ -107,7 +137,7 @@ def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: 
 def test_plans_cover_every_token_and_output(layer: Layer) -> None:
     for tokens in TOKENS:
         plan = planned(layer, tokens, 132)
-        own = plan.slices == 0
+        own = plan.room == 0
         assert own == (layer in OWN)
         step = plan_prefill.SORT_PAIRS // gcd(plan_prefill.SORT_PAIRS, layer.top_k)
         step = plan.part_pairs // layer.top_k if own else step
@@ -116,19 +146,25 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         step = plan.down.parts * 8 if own else step
         check_lists(plan.down, layer, tokens, plan.part_pairs, step)
         assert plan.part_pairs <= plan_prefill.SORT_PAIRS
-        assert 0 <= plan.sorters * plan.part_pairs - tokens * layer.top_k < plan.part_pairs
+        pairs = tokens * layer.top_k
+        assert 0 <= plan.sorters * plan.part_pairs - pairs < plan.part_pairs
         rows = c_constants("prefill_route.cu", {})["kRows"]
         others = -(-tokens // rows) + (layer.experts if own else 0)
         assert plan.launches[0].grid[0] == plan.sorters + others
         if own:
             continue
-        assert plan.part_pairs == plan_prefill.SORT_PAIRS
-        blocks = -(-layer.hidden // 256)
-        assert (plan.slices - 1) * plan.slice_blocks < blocks
-        assert blocks <= plan.slices * plan.slice_blocks
-        # A warp's tokens and the rows of a list share a word.
-        assert plan.warp_tokens in plan_prefill.WARP_TOKENS
-        assert plan.down.tokens * layer.top_k < 1 << 24
+        # One list, whose tokens x and q are in the order of.
+        assert plan.up == plan.down and (plan.up.count, plan.up.together) == (1, 1)
+        assert plan.part_pairs % plan_prefill.ROUTE_THREADS == 0
+        assert min(pairs, 5 * tokens // 2) <= plan.room < min(pairs, 5 * tokens // 2) + 64
+        assert plan.room % plan_prefill.BLOCK_ROWS == 0
+        # Rows of q have 28 bits, numbers of tiles 23 in a word of route's.
+        assert pairs < 1 << 28 and plan.up.max_tiles < 1 << 23
+        # Whatever the slots, two blocks of outputs fit, or all of them.
+        blocks = -(-layer.hidden // 192)
+        block_bytes = 3 * 128 * pairs
+        assert min(2, blocks) * block_bytes <= plan.slice_bytes <= blocks * block_bytes
+        assert plan.slice_bytes <= max(2 * block_bytes, plan_prefill.SLICE_BYTES)
 
 
 def test_more_experts_per_token_than_a_warp_can_list() -> None:
@@ -137,8 +173,11 @@ def test_more_experts_per_token_than_a_warp_can_list() -> None:
     assert planned(layer, 500, 132).down.tokens == 500
     with pytest.raises(BackendError) as caught:
         planned(replace(layer, top_k=most + 1), 500, 132)
-    assert caught.value.found == "500 tokens with 129 experts each"
-    assert "128" in caught.value.why and "(2) route every token" in str(caught.value)
+    assert caught.value.found == "500 tokens with 33 experts each"
+    assert most == 32 and "32" in caught.value.why
+    assert "(2) route every token to at most 32" in str(caught.value)
+    owned = planned(replace(layer, inner=256, top_k=most + 1), 500, 132)
+    assert owned.room == 0, "no lists of contributions, no limit"
 
 
 @pytest.mark.parametrize("sms", [78, 113, 132])
@@ -157,7 +196,7 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
         pairs = tokens * layer.top_k
         many = pairs >= plan_prefill.CLUSTER_PAIRS * layer.experts
         many = many and tokens <= plan_prefill.CLUSTER_TOKENS
-        may = whole_blocks and sms % 2 == 0 and not layer.dynamic
+        may = whole_blocks and sms % 2 == 0 and not layer.dynamic and layer in OWN
         assert cluster == (2 if many and may else 1)
         assert cluster == 1 or (defines["W4_PER_WG"], defines["W4_TILES"]) == (2, 1)
         assert (found.up.together, found.down.together) == (cluster, 1)
@@ -168,7 +207,7 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
         assert {launch.kernel for launch in found.launches} <= ahead
     # 512 experts never have several tiles each before tokens come from memory.
     few = plan_prefill.CLUSTER_TOKENS * layer.top_k < plan_prefill.CLUSTER_PAIRS * layer.experts
-    may = whole_blocks and sms % 2 == 0 and not layer.dynamic and not few
+    may = whole_blocks and sms % 2 == 0 and not layer.dynamic and not few and layer in OWN
     assert seen == ({1, 2} if may else {1})
 
 
@@ -177,7 +216,9 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
 def test_all_sorters_are_resident(layer: Layer, sms: int) -> None:
     """Each waits for all others, and an SM has room for two."""
     tokens = most_tokens(layer, sms)
-    assert tokens >= 32_768 and planned(layer, tokens, sms).sorters <= 2 * sms
+    assert tokens >= min(32_768, 262_144 // layer.top_k)
+    for some in (tokens, *(n for n in TOKENS if n < tokens)):
+        assert planned(layer, some, sms).sorters <= 2 * sms
 
 
 def meta(layer: Layer, tokens: int, plan: PrefillPlan) -> list[ctypes.Structure]:
@@ -207,47 +248,59 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         plan = planned(layer, tokens, 132)
         route, up, down = meta(layer, tokens, plan)
         room = partial(room_at, route)
-        pairs = tokens * layer.top_k
+        pairs, mine, lists = tokens * layer.top_k, route.sorted, route.up
         c = c_constants("prefill_route.cu", {})
-        shared = plan.up == plan.down
-        assert (route.down.count == 0) == shared and route.sorters == plan.sorters
-        for mine, lists in ((route.up, up), (route.up if shared else route.down, down)):
-            assert (mine.tiles, mine.header, mine.columns) == (
-                lists.tiles, lists.header, lists.columns,
-            )  # fmt: skip
-            assert (mine.count, mine.max_tiles) == (lists.lists, lists.max_tiles)
-            assert mine.together == (plan.up.together if lists is up else plan.down.together)
-            assert (mine.count - 1) * mine.parts < route.sorters <= mine.count * mine.parts
-            assert room(mine.tiles) >= 16 * mine.count * mine.max_tiles
-            assert room(mine.header) >= 4 * mine.count and room(mine.columns) >= 4 * pairs
-        assert up.lists == 1 or up.list_pairs % c["kPart"] == 0
-        assert down.lists == 1 or down.list_tokens * down.top_k % c["kPart"] == 0
+        assert (route.down.count, route.own.columns, lists.first) == (0, None, None)
+        assert (lists.count, lists.parts, lists.together) == (1, route.sorters, 1)
+        for name in ("tiles", "header"):
+            assert getattr(lists, name) == getattr(up, name) == getattr(down, name)
+        assert (lists.columns, lists.max_tiles) == (up.columns, up.max_tiles)
+        assert (up.lists, up.list_pairs, up.top_k) == (1, pairs, layer.top_k)
+        assert room(lists.tiles) >= 16 * lists.max_tiles and room(lists.columns) >= 4 * pairs
         assert room(route.counts) >= 4 * c["kMaxExperts"] * route.sorters
-        assert room(route.place) >= 4 * pairs and room(route.xq) >= tokens * layer.hidden
+        assert route.sorters == plan.sorters and route.part_pairs == plan.part_pairs
+        # What route says of rows
+        assert (mine.owners, mine.parts, mine.tiles) == (down.owners, down.parts, down.part_tiles)
+        assert (mine.slots, mine.total, mine.empty) == (down.slots, up.total, up.empty)
+        assert (mine.room, mine.panel) == (plan.room, plan.panel[0]) and up.room == plan.room
+        assert (mine.top_k, mine.most_parts) == (layer.top_k, plan.most_parts)
+        parts = pairs * plan.most_parts
+        assert room(mine.place) >= 8 * pairs and room(mine.owners) >= 16 * pairs
+        assert room(mine.parts) >= 8 * parts and room(mine.tiles) >= 4 * parts
+        assert mine.slots == mine.total + 4 and room(mine.slots) >= 4
+        assert room(mine.empty) >= tokens and up.tokens == tokens
+        at = [mine.place, mine.owners, mine.parts, route.xq, up.q, down.y]
+        assert all(address % 16 == 0 for address in at), "vectors and bulk copies"
+        at += [mine.tiles, mine.total, mine.empty, route.counts, lists.tiles, lists.columns]
+        assert len({*at, route.zeros, lists.header}) == len(at) + 2, "two things in one place"
+        # x in the order of the list, or of tokens
+        assert room(route.xq) >= max(tokens, plan.room) * layer.hidden
         assert room(route.x_scale) >= 4 * tokens and room(up.q) >= pairs * layer.inner
+        assert (up.q_rows, down.b_rows) == (pairs, pairs)
         if layer.dynamic:
             assert room(up.inner) >= 4 * pairs * layer.inner and room(up.q_row_scale) >= 4 * pairs
             assert (up.b_scale, down.b_scale) == (route.x_scale, up.q_row_scale)
-        assert (up.b, down.b, up.arrived, down.place) == (
-            route.xq or None, up.q, route.arrived, route.place,
-        )  # fmt: skip
-        # Counters, made zero by route: claims, two for each step, and tiles with dynamic scales.
+        assert (up.b, down.b, up.arrived) == (route.xq, up.q, route.arrived)
+        assert room(down.y) >= down.y_bytes == plan.slice_bytes
+        # Counters, made zero by route: two claims, items of down, its slices, and tiles with
+        # dynamic scales.
+        tiles, blocks = lists.max_tiles, -(-layer.hidden // 192)
+        assert up.claimed == route.zeros and down.claimed == (up.claimed or 0) + 4
+        assert down.done == down.claimed + 4 and down.left == down.done + 4 * tiles * blocks
+        assert up.tile_count == down.left + 4 * blocks
         zeroed = (route.zeros or 0) + 4 * route.zero_count
+        assert zeroed == up.tile_count + 4 * tiles * layer.dynamic
         assert room(route.zeros) >= 4 * route.zero_count
-        assert down.claimed == (up.claimed or 0) + 4 and down.done == down.claimed + 4
-        assert up.tile_count == down.done + 8 * plan.slices * plan.down.count
-        assert zeroed == up.tile_count + 4 * up.lists * up.max_tiles * layer.dynamic
-        assert down.warp_tokens == plan.warp_tokens
-        # The ring of contributions
-        scope = c_constants("prefill_down.cu", dict(plan.launches[2].kernel.defines)) | {"p": down}
-        text = c_find("prefill_down.cu", ("u8* buffer",), "return")
-        buffers = [
-            c_value(text, scope | {"step": step, "block": block, "wg": wg})
-            for step, block, wg in product(range(4, 7), range(down.slice_blocks), range(2))
-        ]
-        size = 256 * down.list_tokens * down.top_k
-        assert all(b - a >= size for a, b in pairwise(sorted(buffers)))
-        assert min(buffers) == down.y and room(down.y) >= max(buffers) + size - down.y
+
+
+def test_memory_of_a_long_call_with_expert_parallelism() -> None:
+    """280 MiB are x in the order of the list, 256 q, 128 contributions; 16 say what rows are."""
+    layer, tokens = Layer(32, 7168, 2048, 128, 128, 8, False, False), 16_384
+    plan = planned(layer, tokens, 132)
+    route, *_ = meta(layer, tokens, plan)
+    large = plan.room * layer.hidden + tokens * layer.top_k * layer.inner + plan.slice_bytes
+    assert large == (280 + 256 + 128) * 2**20
+    assert route.workspace._memory.numel() - large < 16 * 2**20
 
 
 @pytest.mark.parametrize("layer", OWN, ids=str)

@@ -1,12 +1,13 @@
 // What the two matrix kernels of the prefill path share: producers of the ring, the loop over K.
 //
-// A work item is a tile of at most 128 tokens of one expert times 256 rows of weights (128 with
-// W4_PER_WG=1). Two consumer warpgroups own W4_PER_WG row tiles of 64 rows each and see the same
+// A work item is a tile of at most 128 tokens of one expert times 128 or 256 rows of weights for two
+// consumer warpgroups, 192 for three, each with W4_PER_WG row tiles of 64 rows; all see the same
 // tokens. The number of columns is chosen per item, in steps of 16: a tile computes no more than
 // its tokens need. Items are claimed from a counter in their order, so that an item may wait for
 // earlier ones without all CTAs being resident; results do not depend on who claims what.
 #pragma once
 #include "mma_wide.cuh"
+#include "prefill_lists.cuh"
 #include "prefill_ring.cuh"
 
 struct Weights {
@@ -67,6 +68,44 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
   }
 }
 
+// The same with a row tile for each warpgroup: a lane has the codes of one, or its scales.
+__device__ __forceinline__ void produce_tiles(const Weights& p, const Queue& queue,
+                                              const Ring& ring) {
+  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kSpan;
+  constexpr int kBlockTiles = 2 * kLayoutTiles;
+  const bool is_scale = lane >= kRowTiles;
+  const int mine = is_scale ? lane - kRowTiles : lane;
+  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
+  const u32 bytes = is_scale ? kTileScaleBytes : kTileBytes;
+  const u32 to = is_scale ? kScalesAt + mine * kTileScaleBytes : kWeightsAt + mine * kTileBytes;
+  Reader reader;
+  Place place;
+  for (;;) {
+    const Item item = reader.next(queue, ring);
+    if (item.kind == kEnd) return;
+    if (item.kind != kMatrix) continue;
+    const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
+    const int tile = item.block * kRowTiles + mine;
+    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
+    const bool here = lane < 2 * kRowTiles && mine < row_tiles;
+    const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
+                     static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
+                     tile % kBlockTiles * (kCuts * bytes);
+    for (int step = 0; step < stages; ++step) {
+#pragma unroll
+      for (int cut = 0; cut < kCuts; ++cut) {
+        const u32 full = ring.weights_full(place.slot);
+        barrier_wait(ring.empty(place.slot), place.phase ^ 1);
+        if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
+        __syncwarp();
+        if (here) bulk_copy(ring.stage(place.slot) + to, from + cut * bytes, bytes, full);
+        place.advance(ring.size);
+      }
+      from += beside * (kCuts * bytes);
+    }
+  }
+}
+
 // Two warps, `part` 0 and 1: the rows of the item's tokens. `row(pair)` is the number of the row of
 // `b` (k bytes) that a pair reads. A lane's copies arrive at the barrier when they are there, so
 // nobody waits for them here.
@@ -74,7 +113,7 @@ template <class Row>
 __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* columns,
                                                int list_stride, const Queue& queue,
                                                const Ring& ring, int part, Row row) {
-  const int lane = threadIdx.x & 31, stages = k / kSpan;
+  const int lane = threadIdx.x & 31, stages = k / kStageK;
   constexpr int kMine = kTokens / 2 / kRowsAtOnce;
   const int piece = lane % kPieces, first = part * kRowsAtOnce + lane / kPieces;
   const int swizzled = piece ^ (kPanel == 128 ? first % 8 : first / 2 % 4);
@@ -115,8 +154,47 @@ __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* co
   }
 }
 
-// The same value in all lanes, known to the compiler as such: what branches on it keeps addresses and
-// descriptors in uniform registers.
+// One warp: the rows of the item's tokens where they are in the order of the list, swizzled from a
+// row that is a multiple of 8 rows after the expert's first. b: (k / kPanel, rows, kPanel), or with
+// kBlocks (rows / kBlockRows, k / kPanel, kBlockRows, kPanel).
+template <bool kBlocks>
+__device__ __forceinline__ void produce_rows(const u8* b, int k, int rows, const Queue& queue,
+                                             const Ring& ring) {
+  const int lane = threadIdx.x & 31, stages = k / kStageK;
+  constexpr int kPanels = kStageK / kPanel;
+  constexpr int kPieces = kBlocks ? kTokens / kBlockRows + 1 : 1;  // of a panel of the item
+  const int panel = lane / kPieces, piece = lane % kPieces;
+  const u64 step_bytes = static_cast<u64>(kBlocks ? kBlockRows : rows) * (kPanels * kPanel);
+  Reader reader;
+  Place place;
+  for (;;) {
+    const Item item = reader.next(queue, ring);
+    if (item.kind == kEnd) return;
+    if (item.kind != kMatrix) continue;
+    int begin = item.first, end = item.first + item.count;
+    u64 line = static_cast<u64>(panel) * rows;
+    if constexpr (kBlocks) {
+      const int block = item.first / kBlockRows + piece;
+      begin = max(begin, block * kBlockRows), end = min(end, (block + 1) * kBlockRows);
+      line = static_cast<u64>(block * (k / kPanel) + panel - block) * kBlockRows;
+    }
+    const u8* from = b + (line + begin) * kPanel;
+    const u32 to = (panel * kTokens + begin - item.first) * kPanel;
+    const bool mine = panel < kPanels && end > begin;
+    for (int step = 0; step < stages; ++step) {
+      const u32 full = ring.tokens_full(place.slot, 0);
+      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
+      if (lane == 0) barrier_expect_all(full, item.count * kStageK, kTokenArrivals);
+      __syncwarp();
+      if (mine) bulk_copy(ring.stage(place.slot) + to, from, (end - begin) * kPanel, full);
+      from += step_bytes;
+      place.advance(ring.size);
+    }
+  }
+}
+
+// The same value in all lanes, known to the compiler as such: what branches on it keeps addresses
+// and descriptors in uniform registers.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 // ---- the loop over K -----------------------------------------------------------------------------
@@ -225,6 +303,54 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       }
     }
     if constexpr (kParts % 2) f[0] = f[1];
+  }
+  from = place;
+}
+
+// acc = the row tile of this warpgroup times kN tokens, over all of K: what three warpgroups do, of
+// which two have work for the matrix unit while one scales, adds and decodes.
+template <int kN>
+__device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
+                                             Place& from, bool gathered) {
+  Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
+  const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
+  const u32 w_at = kWeightsAt + wg * kTileBytes + thread * 16;
+  const u32 s_at = kScalesAt + wg * kTileScaleBytes + ((thread >> 5) * 8 + (lane >> 2)) * 4;
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < stages; ++i) {
+    const u32 stage = ring.stage(place.slot);
+    const u64 b = panel_descriptor(stage);
+    barrier_wait(ring.weights_full(place.slot), place.phase);
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      Fragment f;
+      load_fragment(f, stage + w_at, stage + s_at, 0, group);
+      if (group == 0) {
+        barrier_wait(ring.tokens_full(place.slot, 0), place.phase);
+        if (gathered) fence_async_proxy();  // then tokens were ordinary writes
+      }
+      float part[kN / 2];
+      pin(part);
+      mma_fence();
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) {
+        Mma<kN>::issue(part, f.a[4 * j], f.a[4 * j + 1], f.a[4 * j + 2], f.a[4 * j + 3],
+                       b + column_step(group * kSteps + j), j);
+      }
+      mma_commit();
+      mma_wait<0>();
+      pin(part);
+      if (group == kGroups - 1) release_stage(ring.empty(place.slot));
+      const float s0 = bf16_low(f.scales), s1 = bf16_high(f.scales);
+#pragma unroll
+      for (int c = 0; c < kN / 2; c += 4) {
+        acc[c] += part[c] * s0, acc[c + 1] += part[c + 1] * s0;
+        acc[c + 2] += part[c + 2] * s1, acc[c + 3] += part[c + 3] * s1;
+      }
+    }
+    place.advance(ring.size);
   }
   from = place;
 }

@@ -62,7 +62,8 @@ __device__ __forceinline__ T kept(T value) {
   return value;
 }
 
-// kTokenWarps warps take steps in turn: rows of the tokens, where each column's sums are, its weight.
+// kTokenWarps warps take steps in turn: rows of the tokens, where each column's sums are, its
+// weight.
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
                                                int part) {
   const int lane = threadIdx.x & 31;

@@ -10,8 +10,8 @@
 // a cluster and a stage of weights is sent to all of them.
 //
 // Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
-// every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by expert.
-// W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
+// every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by
+// expert. W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
 #include "prefill_own.cuh"
 
 // Waits until all lanes have `value`.
@@ -22,9 +22,9 @@ __device__ __forceinline__ void vote_on(u32 value) {
       : "memory");
 }
 
-// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's last
-// user must be done, or the wait would lag two phases behind: with few slots that is known only
-// later.
+// Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's
+// last user must be done, or the wait would lag two phases behind: with few slots that is known
+// only later.
 constexpr bool kEarly = kWeightSlots >= 2 * kWgs;
 
 struct OwnBody {

@@ -16,48 +16,56 @@ constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
 #define W4_CLUSTER 1
 #endif
 constexpr int kCluster = W4_CLUSTER;
+#ifndef W4_WGS
+#define W4_WGS 2
+#endif
+constexpr int kWgs = W4_WGS;
 constexpr int kTokens = 128;
-// A stage of the ring is a stage of the layout: its weights come in one or two large copies, as many
-// small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns.
-constexpr int kHalves = kSpan == 256 ? 2 : 1;
-constexpr int kK = kSpan / kHalves;
+// With two warpgroups a stage of the ring is a stage of the layout: its weights come in one or two
+// large copies, as many small ones do not fill the memory's bandwidth. Tokens come in halves of 128
+// columns. With three a stage of the layout is cut into stages of 128 columns.
+constexpr int kCuts = kWgs == 3 && kSpan == 256 ? 2 : 1;
+constexpr int kStageK = kSpan / kCuts;
+constexpr int kHalves = kStageK == 256 ? 2 : 1;
+constexpr int kK = kStageK / kHalves;
 constexpr int kGroups = kK / kGroup;                  // scale groups of a half
 constexpr int kSteps = kGroup / 32;                   // wgmmas per scale group
-constexpr int kRowTiles = 2 * kPerWg;
-constexpr int kTileBytes = kSpan * 32;                // INT4 of 64 rows
-constexpr int kTileScaleBytes = kSpan / kGroup * 128;
+constexpr int kRowTiles = kWgs * kPerWg;
+constexpr int kTileBytes = kStageK * 32;              // INT4 of 64 rows
+constexpr int kTileScaleBytes = kStageK / kGroup * 128;
 constexpr int kWeightBytes = kRowTiles * kTileBytes;
 constexpr int kScaleBytes = kRowTiles * kTileScaleBytes;
 constexpr int kTokenBytes = kTokens * kK;             // of a half
-// Tokens lie in panels of 128 or 64 columns, a row of 128 or 64 bytes for each token, swizzled as the
-// matrix unit knows it: 16-byte piece p of row r is at p ^ (r % 8), or p ^ (r / 2 % 4). Eight lanes
-// copy a row (or two) at a time, whole lines of memory, without bank conflicts.
+// Tokens lie in panels of 128 or 64 columns, a row of 128 or 64 bytes for each token, swizzled as
+// the matrix unit knows it: 16-byte piece p of row r is at p ^ (r % 8), or p ^ (r / 2 % 4). Eight
+// lanes copy a row (or two) at a time, whole lines of memory, without bank conflicts.
 constexpr int kPanel = kK == 128 ? 128 : 64;
 constexpr int kPieces = kPanel / 16;
 constexpr int kRowsAtOnce = 32 / kPieces;
 constexpr int kStageBytes =
     (kHalves * kTokenBytes + kWeightBytes + kScaleBytes + 1023) / 1024 * 1024;
 constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
-constexpr int kConsumers = 256;
+constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kQueue = 4;  // items that are claimed ahead
+constexpr int kTokenArrivals = 64;  // of a half: the lanes of two warps
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
-static_assert(kK % 64 == 0 && kK % kGroup == 0, "");
+static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || kWgs == 2), "");
 
 // The list of one batch of pairs, sorted by expert (prefill_route.cu).
 struct Tile {
   int expert, first, count, unused;  // columns[first .. first + count)
 };
 
-enum Kind { kEnd, kMatrix, kCombine };
+enum Kind { kEnd, kMatrix };
 
 struct __align__(16) Item {
   int kind, expert, first, count;
   union {
     int tile;   // up: number of the tile
-    int slice;  // down: part of the outputs
+    int slice;  // down: see Slices
   };
-  int block, step, list;  // block of kRowTiles row tiles; down: step, see Order
+  int block, step, list;  // block of kRowTiles row tiles; down: number of the tile
 };
 
 struct Queue {
@@ -171,7 +179,7 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < size; ++i) {
       barrier_init(ring.weights_full(i), 1);
-      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), 64);
+      for (int h = 0; h < kHalves; ++h) barrier_init(ring.tokens_full(i, h), kTokenArrivals);
       barrier_init(ring.empty(i), kCluster * kConsumers / 32 * kLanes);
     }
     for (int i = 0; i < kQueue; ++i) {
@@ -187,8 +195,8 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
 
 // The register file is the consumers'; producers have addresses only.
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 160 : 232));
 }
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 32 : 40));
 }

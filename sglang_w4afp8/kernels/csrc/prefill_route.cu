@@ -1,233 +1,61 @@
 // First kernel of the prefill path: the pairs sorted by expert, and x in FP8.
 //
-// A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may want
-// lists of different lengths. The first blocks sort: each counts its part of the pairs, publishes the
-// counts, waits for the others' and then knows where its pairs go in both kinds of list. The other
-// blocks quantise four rows of x each. Pairs of an expert are in no particular order: a pair's result
-// does not depend on its neighbours, and sums are taken in the order of k. prefill_own_down.cu takes
-// them in the order of experts: pairs keep theirs where a token names an expert twice.
+// A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may
+// want lists of different lengths. The first blocks sort: each counts its part of the pairs,
+// publishes the counts, waits for the others' and then knows where its pairs go in both kinds of
+// list. The other blocks quantise four rows of x each. Pairs of an expert are in no particular
+// order: a pair's result does not depend on its neighbours, and sums are taken in the order of k.
+// prefill_own_down.cu takes them in the order of experts: pairs keep theirs where a token names an
+// expert twice.
+//
+// For prefill_down.cu (Sorted) the blocks that quantise wait for those that sort, and write a row
+// to the place of each of its pairs: an expert's tokens are contiguous then, in the order in which
+// shared memory has them. With expert parallelism a token has about one pair here; where there are
+// more pairs than room, rows are left in the order of tokens. Tokens without a pair get their zeros
+// from prefill_up.cu.
 //
 // Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows
 // how large sums can become.
-#include "primitives.cuh"
+#include "prefill_sort.cuh"
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kMaxExperts = 512;
-constexpr int kTokens = 128;  // most of a tile
-constexpr int kMine = 8;      // pairs of a sorting thread
-constexpr int kPart = kThreads * kMine;  // most pairs of a part
-static_assert(kPart == 4096, "");
-
-struct Tile {
-  int expert, first, count, unused;
-};
-
-struct Lists {
-  Tile* tiles;   // (count, max_tiles)
-  int* header;   // (count) number of tiles
-  int* columns;  // (count, pairs)
-  int* first;    // (count, kMaxExperts + 1) where an expert's columns begin: instead of tiles, or null
-  int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
-  int together;                 // an expert's tiles are a multiple of it; a power of two
-};
-
-// A pair in its list of prefill_own_down.cu.
-struct Column {
-  int pair;
-  float weight;
-};
-
-// What prefill_own_down.cu wants, or columns null.
-struct Own {
-  Column* columns;        // as those of its lists
-  int* rows;              // as up's columns: where a pair's row of q is, see q_row
-  int* twice;             // (parts) whether a token names an expert twice
-  float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
-  float* largest;         // (E) the largest finite scale of w2, whatever its sign
-  const float* weights;   // (M, top_k)
-  const u16* w2_scale;    // (E, expert_scales) bfloat16
-  int expert_scales, top_k;
-};
-
-struct PrefillRouteParams {
-  const u16* x;          // (M, hidden) bfloat16
-  const void* ids;       // (M, top_k) int32 or int64
-  u8* xq;                // (M, hidden) E4M3
-  float* x_scale;        // (M) what a column's result is multiplied by
-  const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  Lists up, down;        // down.count is 0 where both kernels use the same lists
-  Own own;
-  u32* counts;           // (sorters, kMaxExperts)
-  u32* arrived;          // sorters that have published, zero before; the next kernel zeroes it
-  int* place;            // (pairs) a pair's place in its list of down, or -1
-  u32* zeros;            // counters of the kernels that follow
-  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
-};
-
-// A row of q in the order of down's list, and its number among the expert's rows there modulo 8:
-// rows are swizzled in memory as the matrix unit wants them, so that down copies many at once.
-__device__ __forceinline__ int q_row(u64 row, int of_expert) {
-  return static_cast<int>(row) | (of_expert & 7) << 28;
-}
-
-__device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
-  const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
-                                    : static_cast<const int*>(p.ids)[pair];
-  return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
-}
-
-// Thread e of the block of part `part`: where expert e's pairs of this part begin in its list. The
-// first part of a list also writes its tiles.
-__device__ int place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums,
-                          int& first_of_list) {
-  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
-  const int list = part / lists.parts, first_part = list * lists.parts;
-  const int last_part = min(first_part + lists.parts, p.sorters);
-  int before = 0, tokens = 0;
-#pragma unroll 8
-  for (int i = first_part; i < last_part; ++i) {
-    const int n = __ldcg(p.counts + i * kMaxExperts + tid);
-    before += i < part ? n : 0;
-    tokens += n;
-  }
-  // Tiles of equal size, in steps of 16 columns; the last may be left without tokens.
-  const int least = (tokens + kTokens - 1) / kTokens;
-  const int tiles = (least + lists.together - 1) & -lists.together;
-  const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + 15) / 16 * 16 : 0;
-  int pair_sum = tokens, tile_sum = tiles;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int a = __shfl_up_sync(0xffffffffu, pair_sum, d);
-    const int b = __shfl_up_sync(0xffffffffu, tile_sum, d);
-    if (lane >= d) pair_sum += a, tile_sum += b;
-  }
-  __syncthreads();
-  if (lane == 31) sums[warp] = pair_sum, sums[kWarps + warp] = tile_sum;
-  __syncthreads();
-  int first = pair_sum - tokens, tile = tile_sum - tiles;
-  for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
-  first_of_list = first;
-  if (part == first_part && lists.first != nullptr) {
-    int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
-    out[tid] = first;
-    if (tid == kThreads - 1) out[kMaxExperts] = first + tokens;
-  } else if (part == first_part) {
-    if (tid == kThreads - 1) lists.header[list] = tile + tiles;
-    Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
-    for (int i = 0; i < tiles; ++i) {
-      out[i] = Tile{tid, first + i * size, max(0, min(size, tokens - i * size)), 0};
-    }
-  }
-  return first + before;
-}
-
-// Whether a token of the block's part names an expert twice; the same for all threads.
-__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
-                            const int (&expert)[kMine]) {
-  bool twice = false;
-  const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
-#pragma unroll
-  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
-    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
-    const bool ours = pair < end && expert[i] >= 0;
-    const int token = pair / p.own.top_k;
-    if (in_warp) {
-      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
-      twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
-    } else if (ours) {
-      for (int other = token * p.own.top_k; other < pair; ++other) {
-        twice |= expert_of(p, other) == expert[i];
-      }
-    }
-  }
-  twice = __syncthreads_or(twice) != 0;
-  if (threadIdx.x == 0) p.own.twice[part] = twice;
-  return twice;
-}
-
-// Ranks in the order of pairs: a warp after the other, as this is rare.
-__device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], int* counts) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp) {
-        const u32 same = __match_any_sync(0xffffffffu, expert[i]);
-        const int e = max(expert[i], 0), before = counts[e];
-        rank[i] = before + __popc(same & ((1u << lane) - 1));
-        __syncwarp();
-        if (expert[i] >= 0 && same >> lane == 1) counts[e] = rank[i] + 1;
-      }
-      __syncthreads();
-    }
-  }
-}
-
-__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
-                          int* up_first, int* down_first) {
-  const int tid = threadIdx.x, begin = part * p.part_pairs;
-  const int end = min(begin + p.part_pairs, p.pairs);
-  int expert[kMine], rank[kMine];
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int pair = begin + i * kThreads + tid;
-    expert[i] = pair < end ? expert_of(p, pair) : -1;
-  }
-  counts[tid] = 0;
-  __syncthreads();
-  const bool own = p.own.columns != nullptr;
-  if (own && names_twice(p, part, begin, end, expert)) {
-    rank_in_order(expert, rank, counts);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
-  }
-  __syncthreads();
-  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
-  __syncthreads();
-  if (tid == 0) {
-    // Blocks start in order and two fit on an SM: with no more sorters than that (hopper/plan.py,
-    // most_tokens) all of them are running or will be, whoever holds the SMs now.
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    atomicAdd(p.arrived, 1u);
+// A block: waits until all pairs have been placed. Blocks start in order, so those that sort run.
+__device__ void wait_placed(const PrefillRouteParams& p) {
+  if (threadIdx.x == 0) {
     u32 seen;
-    do {
+    for (;;) {
       asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrived) : "memory");
-    } while (seen < static_cast<u32>(p.sorters));
-  }
-  __syncthreads();
-  const bool several = p.down.count > 0;
-  int ignored, first = 0;
-  up_first[tid] = place_part(p, p.up, part, sums, ignored);
-  if (several) down_first[tid] = place_part(p, p.down, part, sums, first);
-  __syncthreads();
-  counts[tid] = first;
-  __syncthreads();
-  const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
-  const u64 down =
-      several ? static_cast<u64>(part / p.down.parts) * p.down.parts * p.part_pairs : 0;
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int pair = begin + i * kThreads + tid, e = expert[i];
-    if (pair >= end) continue;
-    int at = -1;
-    if (e >= 0) {
-      at = up_first[e] + rank[i];
-      p.up.columns[up + at] = pair;
-      if (several) at = down_first[e] + rank[i];
-      if (several && !own) p.down.columns[down + at] = pair;
-    }
-    if (own) {
-      const float weight = p.own.weights[pair];
-      p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
-      if (e >= 0) {
-        p.own.columns[down + at] = Column{pair, weight};
-        p.own.rows[up + up_first[e] + rank[i]] = q_row(down + at, at - counts[e]);
-      }
-    } else {
-      p.place[pair] = at;
+      if (seen >> 16 >= static_cast<u32>(p.sorters)) break;
+      __nanosleep(100);
     }
   }
+  __syncthreads();
+}
+
+__device__ Place load_place(const PrefillRouteParams& p, int pair) {
+  const u64 v = __ldcg(reinterpret_cast<const u64*>(p.sorted.place + pair));
+  return Place{static_cast<int>(v), static_cast<u32>(v >> 32)};
+}
+
+// One warp, whose lane k has the place of pair k: what prefill_down.cu needs to know of the rows.
+__device__ void describe_owners(const PrefillRouteParams& p, int token, Place place) {
+  const int k = threadIdx.x & 31, pair = token * p.sorted.top_k + k;
+  const u32 ours = __ballot_sync(0xffffffffu, place.row >= 0);
+  const int last = __reduce_max_sync(0xffffffffu, place.row), count = __popc(ours);
+  if (place.row < 0) return;
+  const float weight = p.sorted.weights[pair];
+  if (count == 1) {
+    p.sorted.owners[place.row] = Owner{token, pair, __float_as_uint(weight), -1};
+    return;
+  }
+  const int leader = __ffs(ours) - 1, before = __popc(ours & ((1u << k) - 1));
+  int slot = 0;
+  if (k == leader) slot = atomicAdd(p.sorted.slots, count);
+  slot = __shfl_sync(ours, slot, leader) + before;
+  const u32 parts = place.row == last ? count : 0;
+  p.sorted.owners[place.row] = Owner{token, pair, parts, slot};
+  const u64 to = static_cast<u64>(last) * p.sorted.most_parts + before;
+  p.sorted.parts[to] = Part{slot, weight};
+  p.sorted.tiles[to] = place.tile >> 3;
 }
 
 // Four rows, 128 threads each.
@@ -236,16 +64,25 @@ constexpr int kRowThreads = kThreads / kRows;
 
 __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* amaxes) {
   const int tid = threadIdx.x, token = first + tid / kRowThreads, at = tid % kRowThreads * 8;
-  const bool here = token < p.tokens;
+  const bool sorted = p.sorted.place != nullptr;
+  bool here = token < p.tokens;
+  const int k_lane = tid & 31, pair = token * p.sorted.top_k + k_lane;
+  if (sorted && here) {
+    const bool ours = k_lane < p.sorted.top_k && expert_of(p, pair) >= 0;
+    here = __any_sync(0xffffffffu, ours);
+    if (at == 0) p.sorted.empty[token] = !here;
+  }
   const u16* row = p.x + static_cast<u64>(here ? token : 0) * p.hidden;
   float scale;
   if (p.a_scale != nullptr) {
     scale = *p.a_scale;
   } else {
     float amax = 0.0f;
+    if (here) {
 #pragma unroll 4
-    for (int k = at; k < p.hidden; k += kRowThreads * 8) {
-      amax = largest8(amax, *reinterpret_cast<const uint4*>(row + k));
+      for (int k = at; k < p.hidden; k += kRowThreads * 8) {
+        amax = largest8(amax, *reinterpret_cast<const uint4*>(row + k));
+      }
     }
     for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
     if ((tid & 31) == 0) amaxes[tid >> 5] = amax;
@@ -254,26 +91,57 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
     for (int w = 0; w < warps; ++w) amax = fmaxf(amax, amaxes[tid / kRowThreads * warps + w]);
     scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
   }
-  if (!here) return;
-  if (at == 0) p.x_scale[token] = scale;
-  u8* out = p.xq + static_cast<u64>(token) * p.hidden;
+  if (here && at == 0) p.x_scale[token] = scale;
   const float inverse = __frcp_rn(scale);
   constexpr int kTogether = 7;
-  for (int k = at; k < p.hidden; k += kTogether * kRowThreads * 8) {
+  Place mine{-1, 0};  // lane k: of pair k
+  bool in_order = false;
+  for (int begin = 0; begin < p.hidden; begin += kTogether * kRowThreads * 8) {
     uint4 v[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int column = k + i * kRowThreads * 8;
-      if (column < p.hidden) v[i] = *reinterpret_cast<const uint4*>(row + column);
+      const int column = begin + at + i * kRowThreads * 8;
+      if (here && column < p.hidden) v[i] = *reinterpret_cast<const uint4*>(row + column);
     }
+    if (sorted && begin == 0) {
+      wait_placed(p);  // for all warps of the block, whether they have a row or not
+      if (here && k_lane < p.sorted.top_k) mine = load_place(p, pair);
+      in_order = __ldcg(p.sorted.total) <= p.sorted.room;
+    }
+    if (!here) continue;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int column = k + i * kRowThreads * 8;
-      if (column < p.hidden) {
-        *reinterpret_cast<uint2*>(out + column) = quantize8(v[i], scale, inverse);
+      const uint2 q = quantize8(v[i], scale, inverse);
+      v[i].x = q.x, v[i].y = q.y;
+    }
+    auto store = [&](auto address) {
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int column = begin + at + i * kRowThreads * 8;
+        if (column < p.hidden) {
+          *reinterpret_cast<uint2*>(address(column)) = make_uint2(v[i].x, v[i].y);
+        }
       }
+    };
+    if (!in_order) {
+      u8* out = p.xq + static_cast<u64>(token) * p.hidden;
+      store([&](int column) { return out + column; });
+      continue;
+    }
+    const int panel = p.sorted.panel, panels = p.hidden / panel;
+    for (u32 left = __ballot_sync(0xffffffffu, mine.row >= 0); left != 0; left &= left - 1) {
+      const int from = __ffs(left) - 1;
+      const int place = __shfl_sync(0xffffffffu, mine.row, from);
+      const u32 number = __shfl_sync(0xffffffffu, mine.tile, from) & 7;
+      const u32 key = (panel == 128 ? number : number >> 1) * 16;
+      store([&](int column) {
+        const int in_panel = column & (panel - 1);
+        const u64 line = static_cast<u64>(place / kBlockRows * panels + column / panel);
+        return p.xq + (line * kBlockRows + place % kBlockRows) * panel + (in_panel ^ key);
+      });
     }
   }
+  if (sorted && here && tid % kRowThreads < 32) describe_owners(p, token, mine);
 }
 
 __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
@@ -306,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   pdl_wait();
   pdl_trigger();
   const int block = blockIdx.x;
-  if (block == 0) {
-    for (int i = threadIdx.x; i < p.zero_count; i += kThreads) p.zeros[i] = 0;
+  for (int i = block * kThreads + threadIdx.x; i < p.zero_count; i += gridDim.x * kThreads) {
+    p.zeros[i] = 0;
   }
   const int quantizers = (p.tokens + kRows - 1) / kRows;
   if (block < p.sorters) {

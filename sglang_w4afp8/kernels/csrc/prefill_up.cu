@@ -7,6 +7,13 @@
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
+// Whether q is in the order of the list, and so are tokens if all of them have room
+// (prefill_sort.cuh, Sorted).
+#ifndef W4_SORTED
+#define W4_SORTED 0
+#endif
+constexpr bool kSorted = W4_SORTED != 0;
+static_assert(!kSorted || kWgs == 3, "");
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
 constexpr int kGatherBytes = kTokens * kPitch;
@@ -20,7 +27,7 @@ struct PrefillUpParams {
   const float* b_scale;  // static: (1); dynamic: (M)
   const float* q_scale;  // static: (1) scale of the output
   u8* q;                 // (M * top_k, inner) E4M3, or as q_piece says
-  const int* rows;       // where a pair's row of q is: columns, or see q_row in prefill_route.cu
+  const int* rows;       // where a pair's row of q is: columns, or see q_row in prefill_sort.cuh
   float* q_row_scale;    // dynamic: (M * top_k)
   float* inner;          // dynamic: (M * top_k, inner) before quantisation
   u32* claimed;          // zero before
@@ -28,6 +35,10 @@ struct PrefillUpParams {
   u32* arrived;          // route's counter, done with
   int top_k, lists, list_pairs, max_tiles, ring;
   int q_rows;
+  const int* total;      // sorted: pairs
+  const u8* empty;       // sorted: (M) whether a token has none
+  u16* out;              // sorted: (M, K) bfloat16, of which tokens without a pair are zeroed here
+  int room, tokens;      // sorted: rows of b if all pairs have room; M
 };
 
 // Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels,
@@ -44,9 +55,10 @@ __device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 co
   }
 }
 
-// What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each other
-// read the same tokens, and the tiles of an expert, so that they read the same weights. The CTAs of
-// a cluster have the same number: each takes the same block of another tile of the same expert.
+// What is claimed, in order: the blocks of a tile one after the other, so that CTAs beside each
+// other read the same tokens, and the tiles of an expert, so that they read the same weights. The
+// CTAs of a cluster have the same number: each takes the same block of another tile of the same
+// expert.
 struct Order {
   const PrefillUpParams& p;
   int list = 0, begin = 0;
@@ -72,6 +84,26 @@ struct Order {
 
 __shared__ Queue queue;
 
+// One warp: zeros for those of `count` tokens from `token` on, of each gridDim.x, that have no
+// pair. Returns the next token.
+__device__ __forceinline__ int zero_tokens(const PrefillUpParams& p, int token, int count) {
+  for (int i = 0; i < count && token < p.tokens; ++i, token += gridDim.x) {
+    if (p.empty[token] == 0) continue;
+    u16* row = p.out + static_cast<u64>(token) * p.weights.k;
+    for (int k = (threadIdx.x & 31) * 8; k < p.weights.k; k += 256) {
+      *reinterpret_cast<uint4*>(row + k) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  return token;
+}
+// Some with every item: memory has time while the matrix unit is busy.
+__device__ __forceinline__ void zero_beside_items(const PrefillUpParams& p, const Ring& ring) {
+  Reader reader;
+  int token = blockIdx.x;
+  while (reader.next(queue, ring).kind != kEnd) token = zero_tokens(p, token, 8);
+  zero_tokens(p, token, p.tokens);
+}
+
 struct UpBody {
   const PrefillUpParams& p;
   const Ring& ring;
@@ -87,13 +119,20 @@ struct UpBody {
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kPerWg][kN / 2];
-    multiply<kN>(acc, p.weights.k / kSpan, ring, place);
+    if constexpr (kWgs == 3) {
+      multiply_one<kN>(acc[0], p.weights.k / kStageK, ring, place, *p.total > p.room);
+    } else {
+      multiply<kN>(acc, p.weights.k / kSpan, ring, place);
+    }
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
     const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
     const int* pairs = p.columns + first_column;
-    const int* rows = p.rows + first_column;
-    const int row_tile = (item().block * 2 + wg) * kPerWg;
+    auto row_of = [&](int c) {
+      const int row = static_cast<int>(first_column) + c;
+      return kSorted ? row | (c & 7) << 28 : p.rows[first_column + c];
+    };
+    const int row_tile = (item().block * kWgs + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
 #pragma unroll
@@ -123,7 +162,7 @@ struct UpBody {
       }
     }
     if constexpr (kDynamic) {
-      finish_tile(pairs, rows, width);
+      finish_tile(pairs, row_of, width);
       return;
     }
     // Rows of features together: a pair's row of q is written in pieces of 16 bytes.
@@ -132,20 +171,23 @@ struct UpBody {
     const int piece = thread % kPieces;
     for (int c = thread / kPieces; c < item().count; c += 128 / kPieces) {
       if (piece * 16 < tiles * 32) {
-        *reinterpret_cast<uint4*>(q_piece(p, rows[c], row_tile * 32 + piece * 16)) =
+        *reinterpret_cast<uint4*>(q_piece(p, row_of(c), row_tile * 32 + piece * 16)) =
             *reinterpret_cast<const uint4*>(gather + c * kPitch + piece * 16);
       }
     }
     named_sync(1 + wg, 128);
   }
 
-  __device__ __forceinline__ void finish_tile(const int* pairs, const int* rows, int width) {
+  template <class Rows>
+  __device__ __forceinline__ void finish_tile(const int* pairs, Rows row_of, int width) {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
-    const int arrivals = 2 * ((p.weights.rows / 64 + kRowTiles - 1) / kRowTiles);
+    const int row_tiles = p.weights.rows / 64;
+    // A warpgroup of three without a row tile has nothing to do with the item.
+    const int arrivals = kWgs == 3 ? row_tiles : kWgs * ((row_tiles + kRowTiles - 1) / kRowTiles);
     if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
     for (int c = thread >> 5; c < item().count; c += 4) {
       const u64 pair = pairs[c];
-      const int row = rows[c];
+      const int row = row_of(c);
       const float scale = quantize_row(p.inner + pair * width, width, [&](int i, u32 four) {
         *reinterpret_cast<u32*>(q_piece(p, row, i)) = four;
       });
@@ -160,8 +202,8 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
 #endif
     w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  __shared__ u32 flags[2];
-  __shared__ __align__(16) u8 gather[2][kGatherBytes];
+  __shared__ u32 flags[kWgs];
+  __shared__ __align__(16) u8 gather[kWgs][kGatherBytes];
   const Ring ring = make_ring(shared, p.ring, 0);
   pdl_wait();
   pdl_trigger();
@@ -170,14 +212,27 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
-      produce_weights(p.weights, queue, ring);
+      if constexpr (kWgs == 3) {
+        produce_tiles(p.weights, queue, ring);
+      } else {
+        produce_weights(p.weights, queue, ring);
+      }
     } else if (warp == 1) {
       if ((threadIdx.x & 31) != 0) return;
       Order order{p};
       claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
+    } else if (kSorted && *p.total <= p.room) {
+      if constexpr (kSorted) {
+        if (warp == 2) {
+          produce_rows<true>(p.b, p.weights.k, p.room, queue, ring);
+        } else {
+          zero_beside_items(p, ring);
+        }
+      }
     } else {
       produce_tokens(p.b, p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2,
                      [&](int pair) { return static_cast<u32>(pair / p.top_k); });
+      if (kSorted && warp == 3) zero_tokens(p, blockIdx.x, p.tokens);
     }
     return;
   }
@@ -190,8 +245,9 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     const Item& item = body.reader.wait(queue, ring);
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
-    if (kCluster > 1 && uniform(item.count) == 0) {
-      pass(p.weights.k / kSpan, ring, body.place);
+    const bool idle = kWgs == 3 && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
+    if ((kCluster > 1 && uniform(item.count) == 0) || uniform(idle)) {
+      pass(p.weights.k / kStageK, ring, body.place);
     } else {
       with_columns(item.count, body);
     }

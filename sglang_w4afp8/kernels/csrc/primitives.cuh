@@ -51,6 +51,12 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar, u32 count) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
+// The same on behalf of all that the barrier waits for.
+__device__ __forceinline__ void barrier_expect_all(u32 bar, u32 bytes, u32 arrivals) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+  barrier_arrive(bar, arrivals);
+}
 // The same barrier of CTA `rank` of the cluster, after reads: they are done when their values are
 // there. To release writes to the cluster would be a fence of all memory for every arrival.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 rank) {

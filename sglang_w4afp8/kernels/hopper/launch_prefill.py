@@ -7,8 +7,15 @@ import ctypes
 import torch
 
 from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
+from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import BUFFERS, PrefillPlan, own_steps
+from sglang_w4afp8.kernels.hopper.plan_prefill import (
+    OWNER_BYTES,
+    PART_BYTES,
+    SORTED_WARPGROUPS,
+    PrefillPlan,
+    own_steps,
+)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -20,7 +27,7 @@ class _Weights(ctypes.Structure):
 
 
 class _Lists(ctypes.Structure):
-    """``Lists`` in prefill_route.cu."""
+    """``Lists`` in prefill_sort.cuh."""
 
     _fields_ = (
         ("tiles", _P), ("header", _P), ("columns", _P), ("first", _P), ("count", _I),
@@ -29,7 +36,7 @@ class _Lists(ctypes.Structure):
 
 
 class _Own(ctypes.Structure):
-    """``Own`` in prefill_route.cu."""
+    """``Own`` in prefill_sort.cuh."""
 
     _fields_ = (
         ("columns", _P), ("rows", _P), ("twice", _P), ("sizes", _P), ("largest", _P),
@@ -37,13 +44,23 @@ class _Own(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Sorted(ctypes.Structure):
+    """``Sorted`` in prefill_sort.cuh."""
+
+    _fields_ = (
+        ("place", _P), ("owners", _P), ("parts", _P), ("tiles", _P), ("total", _P),
+        ("slots", _P), ("weights", _P), ("empty", _P), ("room", _I), ("panel", _I), ("top_k", _I),
+        ("most_parts", _I),
+    )  # fmt: skip
+
+
 class _RouteParams(ctypes.Structure):
-    """``PrefillRouteParams`` in prefill_route.cu."""
+    """``PrefillRouteParams`` in prefill_sort.cuh."""
 
     _fields_ = (
         ("x", _P), ("ids", _P), ("xq", _P), ("x_scale", _P), ("a_scale", _P), ("up", _Lists),
-        ("down", _Lists), ("own", _Own), ("counts", _P), ("arrived", _P), ("place", _P),
-        ("zeros", _P),
+        ("down", _Lists), ("own", _Own), ("sorted", _Sorted), ("counts", _P),
+        ("arrived", _P), ("zeros", _P),
         ("tokens", _I), ("pairs", _I), ("hidden", _I), ("experts", _I), ("zero_count", _I),
         ("ids_are_64", _I), ("sorters", _I), ("part_pairs", _I),
     )  # fmt: skip
@@ -58,19 +75,18 @@ class _UpParams(ctypes.Structure):
         ("inner", _P),
         ("claimed", _P), ("tile_count", _P), ("arrived", _P), ("top_k", _I),
         ("lists", _I), ("list_pairs", _I), ("max_tiles", _I), ("ring", _I),
-        ("q_rows", _I),
+        ("q_rows", _I), ("total", _P), ("empty", _P), ("out", _P), ("room", _I), ("tokens", _I),
     )  # fmt: skip
 
 
 class _DownParams(ctypes.Structure):
-    """``PrefillDownParams`` in prefill_down.cu."""
+    """``PrefillDownParams`` in prefill_tables.cuh."""
 
     _fields_ = (
-        ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("columns", _P),
-        ("place", _P), ("b_scale", _P), ("topk_weights", _P), ("y", _P), ("out", _P),
-        ("claimed", _P), ("done", _P), ("factor", _F), ("tokens", _I), ("top_k", _I),
-        ("lists", _I), ("list_tokens", _I), ("max_tiles", _I), ("slices", _I),
-        ("slice_blocks", _I), ("warp_tokens", _I), ("ring", _I),
+        ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("slots", _P),
+        ("owners", _P), ("parts", _P), ("part_tiles", _P), ("b_scale", _P), ("y", _P),
+        ("out", _P), ("claimed", _P), ("done", _P), ("left", _P), ("y_bytes", ctypes.c_uint64),
+        ("factor", _F), ("b_rows", _I), ("ring", _I),
     )  # fmt: skip
 
 
@@ -92,69 +108,82 @@ def launches_prefill(
     route, up, down = plan.launches
     tokens = t.x.shape[0]
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
-    own = plan.slices == 0
-    top_k, shared = layer.top_k, own or plan.up == plan.down
-    steps = plan.slices * plan.down.count
-    # Rows of q are in the order of down's lists where CTAs own outputs.
+    own = plan.room == 0
+    top_k = layer.top_k
+    # Rows of q are in the order of down's lists.
     q_rows = plan.down.count * plan.down.tokens * top_k if own else pairs
     tiles = plan.up.count * plan.up.max_tiles
-    zeros = 2 + 2 * steps + (tiles if dynamic else 0)
-    lists = {"up": plan.up} | ({} if shared else {"down": plan.down})
+    blocks = -(-layer.hidden // (SORTED_WARPGROUPS * ROW_TILE))
+    # Claims of two kernels; of down: tiles that are in memory, slices that are left
+    done, left = 2, 2 + (0 if own else tiles * blocks)
+    finished = left + (0 if own else blocks)
+    zeros = finished + (tiles if dynamic else 0)
+    parts = 0 if own else pairs * plan.most_parts
     space = Workspace(
         t.x.device,
         {
             "zeros": zeros * 4,
-            **{f"{name} header": part.count * 4 for name, part in lists.items()},
-            **{f"{name} tiles": part.count * part.max_tiles * 16 for name, part in lists.items()},
-            **{f"{name} columns": pairs * 4 for name in lists},
+            "header": plan.up.count * 4,
+            "tiles": tiles * 16,
+            "columns": pairs * 4,
             "counts": plan.sorters * MAX_EXPERTS * 4,
-            "place": 0 if own else pairs * 4,
+            "place": 0 if own else pairs * 8,
+            "owners": 0 if own else pairs * OWNER_BYTES,
+            "parts": parts * PART_BYTES,
+            "part tiles": parts * 4,
+            "total": 8,
+            "empty": 0 if own else tokens,
             "own columns": q_rows * 8 if own else 0,
             "own rows": pairs * 4 if own else 0,
             "own first": plan.down.count * (MAX_EXPERTS + 1) * 4 if own else 0,
             "own twice": plan.sorters * 4 if own else 0,
             "own sizes": pairs * 4 if own else 0,
             "own largest": layer.experts * 4 if own else 0,
-            "xq": tokens * layer.hidden,
+            "xq": max(tokens, plan.room) * layer.hidden,
             "x_scale": tokens * 4,
             "q": q_rows * layer.inner,
             "row_scale": pairs * 4 if dynamic else 0,
             "inner": pairs * layer.inner * 4 if dynamic else 0,
-            "y": BUFFERS * plan.slice_blocks * plan.down.tokens * top_k * 512,
+            "y": plan.slice_bytes,
         },
     )
     at = space.at
 
-    def addresses(name: str) -> tuple[int, int, int]:
-        return at[f"{name} tiles"], at[f"{name} header"], at[f"{name} columns"]
-
-    def described(name: str) -> _Lists:
-        part = lists[name]
-        return _Lists(*addresses(name), None, part.count, part.parts, part.max_tiles, part.together)
-
+    up_lists = _Lists(
+        at["tiles"], at["header"], at["columns"], None, plan.up.count, plan.up.parts,
+        plan.up.max_tiles, plan.up.together,
+    )  # fmt: skip
     claimed, arrived = at["zeros"], t.counters.data_ptr()
-    down_lists, for_own = _Lists() if shared else described("down"), _Own()
+    down_lists, for_own, for_sorted = _Lists(), _Own(), _Sorted()
     if own:
         down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
         for_own = _Own(
             at["own columns"], at["own rows"], at["own twice"], at["own sizes"], at["own largest"],
             t.topk_weights.data_ptr(), t.w2_scale.data_ptr(), t.w2_scale[0].numel(), top_k,
         )  # fmt: skip
+    else:
+        for_sorted = _Sorted(
+            at["place"], at["owners"], at["parts"], at["part tiles"], at["total"],
+            at["total"] + 4, t.topk_weights.data_ptr(), at["empty"], plan.room, plan.panel[0],
+            top_k, plan.most_parts,
+        )  # fmt: skip
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
-        pointer(t.w13_input_scale), described("up"), down_lists, for_own,
-        at["counts"], arrived, at["place"], claimed, tokens, pairs, layer.hidden, layer.experts,
+        pointer(t.w13_input_scale), up_lists, down_lists, for_own, for_sorted,
+        at["counts"], arrived, claimed, tokens, pairs, layer.hidden, layer.experts,
         zeros, int(t.topk_ids.dtype == torch.int64), plan.sorters,
         plan.part_pairs,
     )  # fmt: skip
     route_parameters.workspace = space  # lives as long as the launches may be made
     up_parameters = _UpParams(
         _Weights(t.w13.data_ptr(), t.w13_scale.data_ptr(), 2 * layer.inner, layer.hidden),
-        at["xq"], *addresses("up"), at["x_scale"] if dynamic else pointer(t.w13_input_scale),
-        pointer(t.w2_input_scale), at["q"], at["own rows" if own else "up columns"],
+        at["xq"], at["tiles"], at["header"], at["columns"],
+        at["x_scale"] if dynamic else pointer(t.w13_input_scale),
+        pointer(t.w2_input_scale), at["q"], at["own rows"],
         at["row_scale"], at["inner"], claimed,
-        claimed + 4 * (2 + 2 * steps), arrived, top_k, plan.up.count, plan.up.tokens * top_k,
-        plan.up.max_tiles, up.ring, q_rows,
+        claimed + 4 * finished, arrived, top_k, plan.up.count, plan.up.tokens * top_k,
+        plan.up.max_tiles, up.ring, q_rows, at["total"], at["empty"], out.data_ptr(),
+        plan.room, tokens,
     )  # fmt: skip
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
@@ -168,10 +197,8 @@ def launches_prefill(
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(
-        w2, at["q"], *addresses("up" if shared else "down"), at["place"], q_scale,
-        t.topk_weights.data_ptr(),
-        at["y"], out.data_ptr(), claimed + 4, claimed + 8, factor, tokens, top_k,
-        plan.down.count, plan.down.tokens, plan.down.max_tiles, plan.slices, plan.slice_blocks,
-        plan.warp_tokens, down.ring,
+        w2, at["q"], at["tiles"], at["header"], at["total"] + 4, at["owners"], at["parts"],
+        at["part tiles"], q_scale, at["y"], out.data_ptr(), claimed + 4, claimed + 4 * done,
+        claimed + 4 * left, plan.slice_bytes, factor, q_rows, down.ring,
     )  # fmt: skip
     return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]

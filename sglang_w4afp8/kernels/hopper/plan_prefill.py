@@ -1,11 +1,11 @@
 """The launches of the ``prefill`` path: hundreds of tokens and more. Integers only, no GPU.
 
 ``route`` sorts the (token, k) pairs by expert and quantises x; ``up`` and ``down`` are persistent
-kernels, one CTA per SM, that claim tiles of at most 128 tokens by 256 weight rows. Where experts
-have several tiles, the CTAs of ``up`` form pairs (clusters) that work on two tiles of an expert and
-share its weights: each reads half of them from L2 for both. What the experts contribute to a token
-goes from ``down``'s tiles to its sums through a ring of three buffers: no tensor of
-``M · top_k · hidden`` values is needed.
+kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own outputs, tokens of ``up`` are
+gathered into tiles of at most 128 by 256 weight rows, and where experts have several tiles, the
+CTAs of ``up`` form pairs (clusters) that share an expert's weights. With a longer K tokens lie in
+the order of the list, tiles have 192 weight rows, and what several experts contribute to a token
+goes from tile to tile of ``down`` through slots in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from sglang_w4afp8.kernels.hopper.plan import (
 
 TILE_TOKENS = 128
 THREADS = 384
-CONSUMER_WARPS = 8
 ROUTE_THREADS = 512
 SORT_PAIRS = 4_096
 """Pairs that a CTA of route sorts."""
@@ -36,11 +35,22 @@ QUEUE = 4
 STAGE_BARRIER_BYTES = 32
 ALIGNMENT = 1024
 """Of a stage: the swizzle of its tokens repeats after so many bytes."""
-BUFFERS = 3
-"""Slices of contributions in memory at a time."""
-SLICE_PAIRS = 262_144
-"""Pairs times blocks of 256 outputs of a slice, 128 MB of BF16. Measured on an H100: smaller slices
-do not stay in L2 either, and wait for each other more often."""
+SORTED_WARPGROUPS = 3
+"""Consumers where tokens are in the order of the list: a row tile each, so that two have work for
+the matrix unit while one scales and adds."""
+SORTED_THREADS = (SORTED_WARPGROUPS + 1) * 128
+SORTED_STAGE_K = 128
+ROOM = 2.5
+"""Rows of x in the order of the list, for every token: with expert parallelism tokens have fewer
+pairs than that, and where they have more, rows are gathered from x in the order of tokens."""
+SLICE_BYTES = 128 * 2**20
+"""Contributions in memory, if there are as many. Two blocks of outputs must fit for all pairs."""
+BLOCK_BYTES = SORTED_WARPGROUPS * 128
+"""Contributions of a pair to a block."""
+OWNER_BYTES, PART_BYTES = 16, 8
+TABLES = 3
+BLOCK_ROWS = 64
+"""Rows of x in the order of the list lie in blocks of so many."""
 UP_LIST_PAIRS = 131_072
 """Pairs of a list of gate and up: the longer, the fuller are its tiles."""
 CLUSTER = 2
@@ -50,12 +60,8 @@ CLUSTER_PAIRS = 96
 CLUSTER_TOKENS = 8_192
 """Tokens up to which they do. With twice as many, 4 % slower: tokens come from memory then, and the
 CTAs of a cluster wait for each other's."""
-WARP_TOKENS = (16, 8, 4)
-"""Tokens that a warp of ``down`` adds up at a time: the most first."""
-MAX_TOP_K = 8 * WARP_TOKENS[0]
-"""A warp lists the contributions of its tokens, of at least one, before it adds them up."""
-SUMMED_BYTES = 8
-MAX_SLICE_BLOCKS = 8
+MAX_TOP_K = 32
+"""Where CTAs do not own outputs: a warp of route has a lane for each pair of a token."""
 OWN_MOST_K = 256
 """Longest K for which CTAs own outputs: what they read grows with it."""
 OWN_TOKENS = (256, 512, 1024)
@@ -129,9 +135,10 @@ class PrefillPlan:
         part_pairs: pairs that such a CTA sorts.
         up: lists of gate and up.
         down: lists of down, and of the sums.
-        slices: parts of the outputs; 0 where CTAs own outputs (prefill_own_down.cu).
-        slice_blocks: blocks of 256 outputs of a slice; the last may have fewer.
-        warp_tokens: tokens that a warp of ``down`` adds up at a time.
+        room: rows of x in the order of the list; 0 where CTAs own outputs (prefill_own_down.cu).
+        panel: columns of a panel of x then, and of one of q.
+        most_parts: contributions to a token for which there is room; even.
+        slice_bytes: contributions in memory.
     """
 
     launches: tuple[Launch, Launch, Launch]
@@ -139,9 +146,10 @@ class PrefillPlan:
     part_pairs: int
     up: Lists
     down: Lists
-    slices: int
-    slice_blocks: int
-    warp_tokens: int
+    room: int = 0
+    panel: tuple[int, int] = (0, 0)
+    most_parts: int = 0
+    slice_bytes: int = 0
 
 
 def _cluster(layer: Layer, tokens: int, sms: int) -> int:
@@ -156,40 +164,66 @@ def _cluster(layer: Layer, tokens: int, sms: int) -> int:
     return CLUSTER if whole_blocks and many and not layer.dynamic else 1
 
 
-def _matrix(layer: Layer, sms: int, up: bool, cluster: int = 1, panel: int = 0) -> Launch:
-    """``panel``: columns of a panel of q where CTAs of down own outputs, else 0."""
+def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
+    return (
+        ("W4_K", shape.stage_k),
+        ("W4_TILES", shape.tiles),
+        ("W4_GROUP", group),
+        ("W4_MINUS_EIGHT", int(layer.minus_eight)),
+        ("W4_DYNAMIC", int(layer.dynamic)),
+    )
+
+
+def _ring(layer: Layer, up: bool, stage_k: int, row_tiles: int, room: int) -> tuple[int, int]:
+    """Stages that fit into ``room`` bytes, and the bytes that they take."""
+    group = layer.group if up else layer.inner_group
+    weights = row_tiles * (stage_k * 32 + stage_k // group * 128)
+    stage = -(-(weights + TILE_TOKENS * stage_k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
+    ring = min(MAX_RING, room // stage)
+    return ring, ring * stage
+
+
+def _own_up(layer: Layer, sms: int, cluster: int, panel: int) -> Launch:
+    """Gate and up for a ``down`` whose CTAs own outputs; ``panel``: columns of a panel of q."""
+    shape = layer.up
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
-    per_wg = 2 if not up or row_tiles % 4 == 0 or row_tiles > 12 else 1
-    k = shape.stage_k
-    weights = 2 * per_wg * (k * 32 + k // group * 128)
-    stage = -(-(weights + TILE_TOKENS * k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
-    # Rows of features; lists of contributions.
-    gathered, summed = (
-        2 * TILE_TOKENS * (per_wg * 32 + 16),
-        CONSUMER_WARPS * MAX_TOP_K * SUMMED_BYTES,
-    )
-    static = (gathered if up else summed) + 1024
-    # Besides stages: where down gathers an item's results, and what alignment may cost.
-    fixed = (0 if up else 2 * TILE_TOKENS * 256) + ALIGNMENT + QUEUE * BARRIER_BYTES
-    ring = min(MAX_RING, (CTA_SHARED_BYTES - static - fixed) // stage)
+    per_wg = 2 if row_tiles % 4 == 0 or row_tiles > 12 else 1
+    static = 2 * TILE_TOKENS * (per_wg * 32 + 16) + 1024  # rows of features are gathered
+    fixed = ALIGNMENT + QUEUE * BARRIER_BYTES
+    ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, CTA_SHARED_BYTES - static - fixed)
+    more = (("W4_PER_WG", per_wg), ("W4_PANEL", panel))
+    clusters = (("W4_CLUSTER", cluster),) if cluster > 1 else ()
+    kernel = Kernel("prefill_up.cu", "w4a8_prefill_up", _defines(layer, True) + more + clusters)
+    return Launch(kernel, (sms, 1), THREADS, fixed + stages, ring, TILE_TOKENS)
+
+
+def _panel(stage_k: int) -> int:
+    """Columns of a panel of tokens, where the layout has stages of ``stage_k``."""
+    return 64 if stage_k % SORTED_STAGE_K else 128
+
+
+def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
+    """Gate and up, or down, on tokens in the order of the list."""
+    shape = layer.up if up else layer.down
+    stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
+    tables = TABLES * TILE_TOKENS * (OWNER_BYTES + most_parts * PART_BYTES) + 128
+    behind = 0 if up else SORTED_WARPGROUPS * TILE_TOKENS * 128 + tables
+    static = (SORTED_WARPGROUPS * TILE_TOKENS * (32 + 16) if up else 0) + 1024
+    fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
+    ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, CTA_SHARED_BYTES - static - fixed)
+    more: tuple[tuple[str, int], ...] = (("W4_PER_WG", 1), ("W4_WGS", SORTED_WARPGROUPS))
+    if up:
+        more += (("W4_PANEL", _panel(layer.down.stage_k)), ("W4_SORTED", 1))
+    else:
+        more += (("W4_PARTS", most_parts),)
     kernel = Kernel(
         "prefill_up.cu" if up else "prefill_down.cu",
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
-        (
-            ("W4_K", shape.stage_k),
-            ("W4_TILES", shape.tiles),
-            ("W4_GROUP", group),
-            ("W4_MINUS_EIGHT", int(layer.minus_eight)),
-            ("W4_PER_WG", per_wg),
-            ("W4_DYNAMIC", int(layer.dynamic)),
-            *((("W4_CLUSTER", cluster),) if cluster > 1 else ()),
-            *((("W4_PANEL", panel),) if up else ()),
-        ),
+        _defines(layer, up) + more,
     )
-    shared = fixed + ring * stage
-    return Launch(kernel, (sms, 1), THREADS, shared, ring, TILE_TOKENS)
+    return Launch(kernel, (sms, 1), SORTED_THREADS, fixed + stages, ring, TILE_TOKENS)
 
 
 def _own_cluster(lists: int) -> int:
@@ -308,17 +342,8 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         sms: multiprocessors.
 
     Raises:
-        BackendError: more experts per token than a warp can list.
+        BackendError: more experts per token than a warp has lanes, where CTAs do not own outputs.
     """
-    if layer.top_k > MAX_TOP_K:
-        raise BackendError(
-            f"{tokens} tokens with {layer.top_k} experts each",
-            f"a warp of the prefill path adds up the experts of a token from a list of {MAX_TOP_K}",
-            [
-                "export SGLANG_W4AFP8_MOE_BACKEND=torch",
-                f"route every token to at most {MAX_TOP_K} experts",
-            ],
-        )
     cluster = _cluster(layer, tokens, sms)
     own = _own_down(layer, tokens, sms)
     if own is not None:
@@ -328,36 +353,43 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         return PrefillPlan(
             launches=(
                 _route(tokens, sorters, layer.experts),
-                _matrix(layer, sms, True, cluster, 64 if layer.inner % 128 else 128),
+                _own_up(layer, sms, cluster, 64 if layer.inner % 128 else 128),
                 launch,
             ),
             sorters=sorters,
             part_pairs=part_tokens * layer.top_k,
             up=Lists.of(layer, tokens, UP_LIST_PAIRS, cluster, part_tokens),
             down=lists,
-            slices=0,
-            slice_blocks=0,
-            warp_tokens=0,
         )
-    up = Lists.of(layer, tokens, UP_LIST_PAIRS, cluster)
-    down = Lists.of(layer, tokens, SLICE_PAIRS)
-    blocks = -(-layer.hidden // 256)
-    slice_blocks = max(1, min(MAX_SLICE_BLOCKS, blocks, SLICE_PAIRS // (down.tokens * layer.top_k)))
-    # More tokens of a warp keep more copies under way, but every CTA should get some.
-    all_tokens = min(blocks, slice_blocks) * down.tokens // CONSUMER_WARPS
-    warp_tokens = next((n for n in WARP_TOKENS if all_tokens // n >= sms), WARP_TOKENS[-1])
-    sorters = -(-tokens * layer.top_k // SORT_PAIRS)
+    if layer.top_k > MAX_TOP_K:
+        raise BackendError(
+            f"{tokens} tokens with {layer.top_k} experts each",
+            f"the prefill path has a lane of a warp for each of them, and a warp has {MAX_TOP_K}",
+            [
+                "export SGLANG_W4AFP8_MOE_BACKEND=torch",
+                f"route every token to at most {MAX_TOP_K} experts",
+            ],
+        )
+    pairs = tokens * layer.top_k
+    part_pairs = min(SORT_PAIRS, max(512, -(-pairs // (OWN_SORTERS * 512)) * 512))
+    sorters = -(-pairs // part_pairs)
+    most_tiles = min(pairs, layer.experts + pairs // TILE_TOKENS)
+    lists = Lists(1, tokens, most_tiles, sorters)
+    most_parts = layer.top_k + layer.top_k % 2
+    block_bytes = pairs * BLOCK_BYTES
+    blocks = -(-layer.hidden // (SORTED_WARPGROUPS * ROW_TILE))
     return PrefillPlan(
         launches=(
             _route(tokens, sorters, 0),
-            _matrix(layer, sms, True, cluster),
-            _matrix(layer, sms, False),
+            _sorted_matrix(layer, sms, True, most_parts),
+            _sorted_matrix(layer, sms, False, most_parts),
         ),
         sorters=sorters,
-        part_pairs=SORT_PAIRS,
-        up=up,
-        down=down,
-        slices=-(-blocks // slice_blocks),
-        slice_blocks=slice_blocks,
-        warp_tokens=warp_tokens,
+        part_pairs=part_pairs,
+        up=lists,
+        down=lists,
+        room=-(-min(pairs, int(tokens * ROOM)) // BLOCK_ROWS) * BLOCK_ROWS,
+        panel=(_panel(layer.up.stage_k), _panel(layer.down.stage_k)),
+        most_parts=most_parts,
+        slice_bytes=min(blocks * block_bytes, max(2 * block_bytes, SLICE_BYTES)),
     )

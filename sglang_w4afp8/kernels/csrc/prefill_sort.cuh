@@ -1,0 +1,261 @@
+// Of prefill_route.cu: its arguments, and the blocks that sort pairs by expert.
+#pragma once
+#include "prefill_lists.cuh"
+#include "primitives.cuh"
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxExperts = 512;
+constexpr int kTokens = 128;  // most of a tile
+constexpr int kMine = 8;      // pairs of a sorting thread
+constexpr int kPart = kThreads * kMine;  // most pairs of a part
+static_assert(kPart == 4096, "");
+
+struct Tile {
+  int expert, first, count, unused;
+};
+
+struct Lists {
+  Tile* tiles;   // (count, max_tiles)
+  int* header;   // (count) number of tiles
+  int* columns;  // (count, pairs)
+  int* first;    // (count, kMaxExperts + 1) where an expert's columns begin: instead of tiles, or null
+  int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
+  int together;                 // an expert's tiles are a multiple of it; a power of two
+};
+
+// Where a pair is in the list of prefill_down.cu.
+struct Place {
+  int row;   // -1: not this rank's
+  u32 tile;  // number of its tile, and 3 low bits: its column there modulo 8
+};
+
+// What prefill_down.cu wants, or place null.
+struct Sorted {
+  Place* place;          // (M, top_k)
+  Owner* owners;         // (M * top_k)
+  Part* parts;           // (M * top_k, most_parts) of rows whose count is more than 1
+  int* tiles;            // as parts: whose contribution it is, the number of its tile
+  int* total;            // (1) pairs
+  int* slots;            // (1) slots of y in use
+  const float* weights;  // (M, top_k)
+  u8* empty;             // (M) whether a token has no pair
+  int room, panel;       // xq: (room / 64, hidden / panel, 64, panel), swizzled, if all pairs fit
+  int top_k, most_parts;
+};
+
+// A pair in its list of prefill_own_down.cu.
+struct Column {
+  int pair;
+  float weight;
+};
+
+// What prefill_own_down.cu wants, or columns null.
+struct Own {
+  Column* columns;        // as those of its lists
+  int* rows;              // as up's columns: where a pair's row of q is, see q_row
+  int* twice;             // (parts) whether a token names an expert twice
+  float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
+  float* largest;         // (E) the largest finite scale of w2, whatever its sign
+  const float* weights;   // (M, top_k)
+  const u16* w2_scale;    // (E, expert_scales) bfloat16
+  int expert_scales, top_k;
+};
+
+struct PrefillRouteParams {
+  const u16* x;          // (M, hidden) bfloat16
+  const void* ids;       // (M, top_k) int32 or int64
+  u8* xq;                // (M, hidden) E4M3
+  float* x_scale;        // (M) what a column's result is multiplied by
+  const float* a_scale;  // (1) static scale, or null: amax of the row / 448
+  Lists up, down;        // down.count is 0 where both kernels use the same lists
+  Own own;
+  Sorted sorted;
+  u32* counts;           // (sorters, kMaxExperts)
+  u32* arrived;          // sorters that have published, and times 2^16 those that are through; zero
+                         // before; the next kernel zeroes it
+  u32* zeros;            // counters of the kernels that follow
+  int tokens, pairs, hidden, experts, zero_count, ids_are_64, sorters, part_pairs;
+};
+
+// A row of q in the order of down's list, and its number among the expert's rows there modulo 8:
+// rows are swizzled in memory as the matrix unit wants them, so that down copies many at once.
+__device__ __forceinline__ int q_row(u64 row, int of_expert) {
+  return static_cast<int>(row) | (of_expert & 7) << 28;
+}
+
+__device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) {
+  const long long id = p.ids_are_64 ? static_cast<const long long*>(p.ids)[pair]
+                                    : static_cast<const int*>(p.ids)[pair];
+  return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
+}
+
+// Thread e of the block of part `part`: where expert e's pairs of this part begin in its list,
+// where all of them do, and the number and size of its first tile. The first part of a list also
+// writes its tiles.
+struct Begin {
+  int mine, all, tile, size;
+};
+__device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
+  const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
+  const int list = part / lists.parts, first_part = list * lists.parts;
+  const int last_part = min(first_part + lists.parts, p.sorters);
+  int before = 0, tokens = 0;
+#pragma unroll 16
+  for (int i = first_part; i < last_part; ++i) {
+    const int n = __ldcg(p.counts + i * kMaxExperts + tid);
+    before += i < part ? n : 0;
+    tokens += n;
+  }
+  // Tiles of equal size, in steps of 16 columns; the last may be left without tokens.
+  const int least = (tokens + kTokens - 1) / kTokens;
+  const int tiles = (least + lists.together - 1) & -lists.together;
+  const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + 15) / 16 * 16 : 0;
+  int pair_sum = tokens, tile_sum = tiles;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int a = __shfl_up_sync(0xffffffffu, pair_sum, d);
+    const int b = __shfl_up_sync(0xffffffffu, tile_sum, d);
+    if (lane >= d) pair_sum += a, tile_sum += b;
+  }
+  __syncthreads();
+  if (lane == 31) sums[warp] = pair_sum, sums[kWarps + warp] = tile_sum;
+  __syncthreads();
+  int first = pair_sum - tokens, tile = tile_sum - tiles;
+  for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
+  if (part == first_part && lists.first != nullptr) {
+    int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
+    out[tid] = first;
+    if (tid == kThreads - 1) out[kMaxExperts] = first + tokens;
+  } else if (part == first_part) {
+    if (tid == kThreads - 1) lists.header[list] = tile + tiles;
+    Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
+    for (int i = 0; i < tiles; ++i) {
+      out[i] = Tile{tid, first + i * size, max(0, min(size, tokens - i * size)), 0};
+    }
+  }
+  if (part == first_part && p.sorted.place != nullptr && tid == kThreads - 1) {
+    *p.sorted.total = first + tokens;
+    *p.sorted.slots = 0;
+  }
+  return Begin{first + before, first, tile, max(size, 1)};
+}
+
+// Whether a token of the block's part names an expert twice; the same for all threads.
+__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
+                            const int (&expert)[kMine]) {
+  bool twice = false;
+  const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
+#pragma unroll
+  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
+    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
+    const bool ours = pair < end && expert[i] >= 0;
+    const int token = pair / p.own.top_k;
+    if (in_warp) {
+      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
+      twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
+    } else if (ours) {
+      for (int other = token * p.own.top_k; other < pair; ++other) {
+        twice |= expert_of(p, other) == expert[i];
+      }
+    }
+  }
+  twice = __syncthreads_or(twice) != 0;
+  if (threadIdx.x == 0) p.own.twice[part] = twice;
+  return twice;
+}
+
+// Ranks in the order of pairs: a warp after the other, as this is rare.
+__device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], int* counts) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) {
+        const u32 same = __match_any_sync(0xffffffffu, expert[i]);
+        const int e = max(expert[i], 0), before = counts[e];
+        rank[i] = before + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        if (expert[i] >= 0 && same >> lane == 1) counts[e] = rank[i] + 1;
+      }
+      __syncthreads();
+    }
+  }
+}
+
+__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
+                          int* up_first, int* down_first) {
+  const int tid = threadIdx.x, begin = part * p.part_pairs;
+  const int end = min(begin + p.part_pairs, p.pairs);
+  int expert[kMine], rank[kMine];
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid;
+    expert[i] = pair < end ? expert_of(p, pair) : -1;
+  }
+  counts[tid] = 0;
+  __syncthreads();
+  const bool own = p.own.columns != nullptr;
+  if (own && names_twice(p, part, begin, end, expert)) {
+    rank_in_order(expert, rank, counts);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
+  }
+  __syncthreads();
+  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
+  __syncthreads();
+  if (tid == 0) {
+    // Blocks start in order and two fit on an SM: with no more sorters than that (hopper/plan.py,
+    // most_tokens) all of them are running or will be, whoever holds the SMs now.
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    atomicAdd(p.arrived, 1u);
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(p.arrived) : "memory");
+    } while ((seen & 0xffff) < static_cast<u32>(p.sorters));
+  }
+  __syncthreads();
+  Begin begins = place_part(p, p.up, part, sums);
+  up_first[tid] = begins.mine;
+  if (own) {
+    begins = place_part(p, p.down, part, sums);
+    down_first[tid] = begins.mine;
+  } else {
+    down_first[tid] = begins.tile << 8 | begins.size;  // sizes: 1 to 128
+  }
+  __syncthreads();
+  counts[tid] = begins.all;
+  __syncthreads();
+  const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
+  const u64 down = own ? static_cast<u64>(part / p.down.parts) * p.down.parts * p.part_pairs : 0;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid, e = expert[i];
+    if (pair >= end) continue;
+    const int up_row = e >= 0 ? up_first[e] + rank[i] : -1;
+    if (e >= 0) p.up.columns[up + up_row] = pair;
+    if (own) {
+      const float weight = p.own.weights[pair];
+      p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
+      if (e >= 0) {
+        const int at = down_first[e] + rank[i];
+        p.own.columns[down + at] = Column{pair, weight};
+        p.own.rows[up + up_row] = q_row(down + at, at - counts[e]);
+      }
+    } else {
+      u32 tile = 0;
+      if (e >= 0) {
+        const int at = up_row - counts[e], size = down_first[e] & 255;  // at: among the expert's
+        tile = ((down_first[e] >> 8) + at / size) << 3 | (at & 7);
+      }
+      __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
+             static_cast<u32>(up_row) | static_cast<u64>(tile) << 32);
+    }
+  }
+  if (own) return;
+  __syncthreads();
+  if (tid == 0) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    atomicAdd(p.arrived, 1u << 16);
+  }
+}

@@ -1,0 +1,41 @@
+"""The prefill path where tokens are in the order of the list: slices, room, duplicates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_w4afp8.kernels.hopper import plan_prefill
+from tests.gpu import test_hopper_moe as moe
+
+pytestmark = moe.pytestmark
+CASES = [
+    moe.Case(experts=32, hidden=1024, inner=512, top_k=8),
+    moe.Case(experts=32, hidden=704, inner=320, group=64, inner_group=64, top_k=7, dynamic=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("slice_bytes", [1, 2**20, 2**28])
+@pytest.mark.parametrize("room", [0.5, 8])
+def test_slices_and_room(
+    case: moe.Case, slice_bytes: int, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contributions in two parts of y or in one, tokens gathered or in the order of the list."""
+    monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(plan_prefill, "ROOM", room)
+    weights = moe.random_weights(case)
+    shuffled = moe.stage_order(case, weights)
+    for tokens, here in ((40, 0.5), (700, 0.125), (3000, 0.125), (1500, 1.0)):
+        g = torch.Generator("cuda").manual_seed(tokens)
+        x = torch.randn(tokens, case.hidden, generator=g, device="cuda").bfloat16()
+        topk_weights, ids = moe.routing(case, tokens, "uniform", tokens)
+        drop = torch.rand(ids.shape, generator=g, device="cuda") >= here
+        ids = torch.where(drop, -1, ids)
+        ids[::5, 1] = ids[::5, 0]  # an expert twice
+        wanted = moe.oracle(case, weights, x, topk_weights, ids, 2.5)
+        out = moe.call(case, shuffled, x, topk_weights, ids, "prefill", 2.5)
+        assert moe.error(out, wanted) < moe.TOLERANCE, tokens
+        for _ in range(3):
+            again = moe.call(case, shuffled, x, topk_weights, ids, "prefill", 2.5)
+            assert torch.equal(out, again), f"{tokens}: two runs differ"
