@@ -1,0 +1,137 @@
+"""The prefill path on tokens in the order of the list, on the CPU: the list, slices and items.
+
+Constants and index expressions are the kernels' own; the statements around them follow them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from kernel_source import c_constants, c_find, c_locals, c_value
+
+ROUTE, SORT, SHARED = "prefill_route.cu", "prefill_sort.cuh", "prefill.cuh"
+UP, DOWN, TABLES = "prefill_up.cu", "prefill_down.cu", "prefill_tables.cuh"
+SIZES = {"sizeof": int, "Owner": 16, "Part": 8}
+ROUTED = c_constants(ROUTE, {})
+
+
+def constants(source: str, stage_k: int, **more: int) -> dict[str, Any]:
+    """What a matrix kernel's sources call their sizes, for weights with stages of ``stage_k``."""
+    defines = {"W4_K": stage_k, "W4_TILES": 1, "W4_GROUP": 32, "W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0}
+    defines |= {"W4_PER_WG": 1, "W4_WGS": 3, "W4_PANEL": 128, "W4_SORTED": 1, "W4_PARTS": 8}
+    return c_constants(source, defines | SIZES | more)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of the list: ``number`` counts the tiles of all experts."""
+
+    number: int
+    expert: int
+    first: int
+    count: int
+
+
+def list_tiles(counts: list[int]) -> list[Tile]:
+    """``place_part``: tiles of a list whose experts have so many rows."""
+    tiles: list[Tile] = []
+    first = 0
+    for expert, tokens in enumerate(counts):
+        scope = {**ROUTED, "tokens": tokens, "lists": SimpleNamespace(together=1)}
+        cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
+        text = c_find(SORT, ("Tiles of equal size",), "out[i]")
+        text = text.replace("Tile{", "(").replace("}", ")")
+        for i in range(cut["tiles"]):
+            scope = cut | {"first": first, "tid": expert, "i": i, "max": max}
+            found = c_value(text, scope)
+            tiles.append(Tile(len(tiles), *found[:3]))
+        first += tokens
+    return tiles
+
+
+def list_places(counts: list[int]) -> list[int]:
+    """``Place::tile`` of all rows of a list whose experts have so many."""
+    places, tile, first = [], 0, 0
+    for tokens in counts:
+        scope = {**ROUTED, "tokens": tokens, "lists": SimpleNamespace(together=1)}
+        cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
+        # An expert without rows has none that ask for the size.
+        scope = {"begins": SimpleNamespace(tile=tile, size=cut["size"])}
+        packed = c_value(c_find(SORT, ("down_first[tid] = begins.tile",), "down_first[tid]"), scope)
+        for i in range(tokens):
+            scope = {"e": 0, "down_first": [packed], "counts": [first], "up_row": first + i}
+            scope = c_locals(SORT, "u32 tile = 0", "at size", scope)
+            places.append(c_locals(SORT, "at: among", "tile", scope)["tile"])
+        tile, first = tile + cut["tiles"], first + tokens
+    return places
+
+
+class Slices:
+    """``Slices`` of a call.
+
+    Args:
+        row_tiles: of the outputs.
+        tiles: of the list.
+        slots: of y in use.
+        y_bytes: of y.
+    """
+
+    def __init__(self, row_tiles: int, tiles: int, slots: int, y_bytes: int) -> None:
+        weights = SimpleNamespace(rows=row_tiles * 64)
+        self.p = SimpleNamespace(weights=weights, y_bytes=y_bytes)
+        scope: dict[str, Any] = {"p": self.p, "kWgs": 3, "max": max, "slots": slots, "tiles": tiles}
+        scope = c_locals(TABLES, "Slices of(", "blocks block_bytes most", scope)
+        limit = c_find(TABLES, ("Slices of(", "if (block_bytes"), "most")
+        if scope["block_bytes"] * scope["blocks"] > y_bytes:
+            scope["most"] = c_value(limit, scope)
+        scope = c_locals(TABLES, "Slices of(", "slices", scope)
+        made = c_find(TABLES, ("Slices of(",), "return").replace("*p.header", "tiles")
+        made = made.replace("Slices{", "(").replace("}", ")")
+        self.blocks, self.tiles, self.slots, self.per_slice = c_value(made, scope)
+        self.row_tiles = row_tiles
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        """What members of the struct see."""
+        own = {"blocks": self.blocks, "tiles": self.tiles, "slots": self.slots}
+        return own | {"per_slice": self.per_slice, "kWgs": 3, "p": self.p}
+
+    def count(self) -> int:
+        return int(c_value(c_find(TABLES, ("int count()",), "return"), self.scope))
+
+    def blocks_of(self, slice_: int) -> int:
+        text = c_find(TABLES, ("int blocks_of(",), "return")
+        return int(c_value(text, self.scope | {"slice": slice_}))
+
+    def buffer(self, slice_: int, block: int, wg: int) -> int:
+        """Where contributions of a row tile begin in y, in bytes."""
+        scope = self.scope | {"y": 0, "slice": slice_, "block": block, "wg": wg}
+        scope = c_locals(TABLES, "u8* buffer(", "at", scope)
+        return int(c_value(c_find(TABLES, ("u8* buffer(",), "return"), scope))
+
+    def row_tiles_of(self, block: int) -> int:
+        text = c_find(TABLES, ("int row_tiles_of(",), "return")
+        return int(c_value(text, self.scope | {"block": block}))
+
+    def left_target(self, slice_: int) -> int:
+        """Sums of a slice that ``wait_slice`` waits for, before an item of the next but one."""
+        slices = SimpleNamespace(tiles=self.tiles, blocks_of=self.blocks_of)
+        slices.per_slice = self.per_slice
+        scope = {"p": self.p, "kWgs": 3, "slices": slices, "slice": slice_ + 2}
+        return int(c_locals(DOWN, "void wait_slice()", "target", scope)["target"])
+
+    def item(self, number: int) -> SimpleNamespace | None:
+        """``Order::item``: slice, step (the tile) and block; None past the last."""
+        slices = SimpleNamespace(**self.scope)
+        scope: dict[str, Any] = {"slices": slices, "number": number}
+        scope = c_locals(TABLES, "struct Order", "whole slice at", scope)
+        if scope["whole"] == 0 or scope["slice"] >= self.count():
+            return None
+        slices.blocks_of = self.blocks_of
+        scope = c_locals(TABLES, "struct Order", "blocks i", scope)
+        if scope["i"] >= self.tiles:
+            return None
+        block = c_value(c_find(TABLES, ("struct Order",), "item.block"), scope)
+        return SimpleNamespace(slice=scope["slice"], step=scope["i"], block=block)
