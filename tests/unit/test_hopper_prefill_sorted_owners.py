@@ -189,7 +189,7 @@ def outputs_of(c: dict[str, Any], tile: int, piece: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("rows", "tiles"), [(640, 1), (64, 1), (640, 2), (1024, 4), (256, 4)])
-@pytest.mark.parametrize("count", [1, 16, 37, 128])
+@pytest.mark.parametrize("count", [1, 37, 128])
 def test_every_output_is_the_row_that_the_layout_says(rows: int, tiles: int, count: int) -> None:
     c = constants(DOWN, 128 if tiles == 1 else 256 // tiles, W4_TILES=tiles)
     memory = stored(-(-count // 16) * 16)
@@ -220,6 +220,43 @@ def test_contributions_are_read_where_they_were_written() -> None:
     assert body.count(piece) == 1 and "(threadIdx.x & 7) * 16;" in body
     assert body.count("y + static_cast<u64>(slot) * 128)") == 2  # leave, load_part
     assert "piece = thread & 7" in body and "piece = threadIdx.x & 7" in body
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.6, 1.0])
+def test_every_sum_is_made_once_and_of_what_was_asked_for(share: float) -> None:
+    """``ask`` and ``add_up``: eight lanes for each column that a warp found."""
+    order = random.Random(int(share * 100))
+    names = c_locals(DOWN, "Columns of the item before", "kRounds", {})
+    at_once = names["kRounds"] * 4
+    last = c_find(DOWN, ("int column_of",), "return")
+    asked = c_find(DOWN, ("Coming ask()", "for (int r"), "c").removeprefix("column_of(coming.found")
+
+    def column_of(found: int, number: int, thread: int) -> int:
+        for _ in range(number):
+            found &= found - 1
+        scope = {"found": found, "threadIdx": SimpleNamespace(x=thread)}
+        scope["__ffs"] = lambda bits: (bits & -bits).bit_length()
+        return int(c_value(last, scope))
+
+    for _ in range(20):
+        wanted = [c for c in range(128) if order.random() < share]
+        made: Counter[tuple[int, int]] = Counter()
+        for thread in range(256, 384):  # of the last warpgroup
+            warp, number = thread >> 5 & 3, (thread & 31) >> 3
+            found = sum(1 << c % 32 for c in wanted if c // 32 == warp)
+            for r in range(names["kRounds"]):
+                c = column_of(found, r * 4 + number, thread)
+                made[c, thread & 7] += c >= 0
+                scope = {"r": r, "threadIdx": SimpleNamespace(x=thread)}
+                assert c_value("(0" + asked, scope) == (0, r * 4 + number)
+            for _ in range(at_once):
+                found &= found - 1
+            while found:
+                c = column_of(found, number, thread)
+                made[c, thread & 7] += c >= 0
+                for _ in range(4):
+                    found &= found - 1
+        assert +made == Counter(product(wanted, range(8)))
 
 
 # ---- slices --------------------------------------------------------------------------------------

@@ -124,7 +124,12 @@ def test_the_simulation_follows_the_kernel() -> None:
     )  # fmt: skip
     in_order("void skip()", "pass(", ready + "table())", "barrier_arrive(tables.empty(table()))")
     in_order("Coming ask()", "before().slice >= 0", ready + "table_before())", "load_part(")
-    in_order("void add_up(", "< 0) return", "add_one(", "arrive(tables.empty(table_before()))")
+    in_order(
+        "void add_up(", "< 0) return", "r < kRounds", "column_of(coming.found, r * 4 + number)",
+        "add_one(c, coming.v[r], kAtOnce)", "j < kRounds * 4; ++j) rest &= rest - 1",
+        "while (rest != 0)", "column_of(rest, number)", "add_one(c, coming.v[0], 0)",
+        "j < 4; ++j) rest &= rest - 1", "arrive(tables.empty(table_before()))",
+    )  # fmt: skip
     in_order(
         "void wait_slice()", "slice < 2 || uniform(before().free_below) > slice - 2) return",
         "ld.acquire.gpu", "p.left + slice - 2", "< target", "free_below = slice - 1",

@@ -90,7 +90,8 @@ struct DownBody {
     }
     remember(-1, 0, 0);
   }
-  // An item of which this warpgroup has no rows.
+  // An item of which this warpgroup has no rows. It reads no table, and waits all the same: an early
+  // arrival could count for what the table held before.
   __device__ __forceinline__ void skip() {
     pass(p.weights.k / kStageK, ring, place);
     barrier_wait(tables.ready(table()), phase_of(reader.number));

@@ -282,7 +282,7 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
   return gate / (1.0f + __expf(-gate)) * up;
 }
 // For prefill, where every feature of every pair needs one: the quotient's last bit is lost in FP8,
-// and IEEE division is thirty instructions. Measured: 975 us of gate and up, not 995.
+// and IEEE division is thirty instructions.
 __device__ __forceinline__ float silu_mul_fast(float gate, float up) {
   return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
