@@ -47,7 +47,6 @@ struct DownBody {
     multiply_one<kN>(acc, p.weights.k / kStageK, ring, place, false);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const u32 out = tables.out + wg * kOutBytes;
-    const Coming coming = ask();
     barrier_wait(tables.full(table()), phase_of(reader.number));
     // Row c of `out`: 64 outputs, 16-byte piece j at j ^ (c % 8).
     const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
@@ -66,6 +65,14 @@ struct DownBody {
               pack_bf16(acc[a + e] * scale, acc[a + e + 2] * scale));
       }
     }
+  }
+
+  // What happens to the results: the same code for any number of columns, as instructions that are
+  // fetched once for each item are slow.
+  __device__ __forceinline__ void finish_item() {
+    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
+    const u32 out = tables.out + wg * kOutBytes;
+    const Coming coming = ask();
     wait_slice();
     named_sync(1 + wg, 128);
     leave(out);
@@ -310,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       body.skip();
     } else {
       with_columns(item.count, body);
+      body.finish_item();
     }
     body.reader.release(ring);
   }
