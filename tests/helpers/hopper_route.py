@@ -1,4 +1,4 @@
-"""``prefill_sort.cuh`` on the CPU: pairs sorted by expert, tiles, and rows of q.
+"""``prefill_sort.cuh``, ``prefill_sort_own.cuh`` on the CPU: pairs by expert, tiles, rows of q.
 
 Constants and most index expressions are the kernel's own; the statements around them follow it.
 """
@@ -6,6 +6,7 @@ Constants and most index expressions are the kernel's own; the statements around
 from __future__ import annotations
 
 import random
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from kernel_source import c_constants, c_find, c_locals, c_value
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 
-SOURCE = "prefill_sort.cuh"
+SOURCE, OWN = "prefill_sort.cuh", "prefill_sort_own.cuh"
 ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
 
@@ -33,50 +34,122 @@ def names_twice(ids: list[int], local: list[int], begin: int, top_k: int) -> boo
     within, found = "bool names_twice", False
     p = SimpleNamespace(own=SimpleNamespace(top_k=top_k))
     scope = {**ROUTE, "p": p}
-    in_warp = c_locals(SOURCE, within, "in_warp", scope)["in_warp"]
+    in_warp = c_locals(OWN, within, "in_warp", scope)["in_warp"]
     for start in range(0, len(local), 32):
         seen = set()  # what lanes before this one have, for __match_any_sync
         for lane, expert in enumerate(local[start : start + 32]):
             pair, ours = begin + start + lane, expert >= 0
             thread = (start + lane) % ROUTE["kThreads"]
             here = scope | {"pair": pair, "ours": ours, "expert": [expert], "i": 0}
-            here = c_locals(SOURCE, within, "token", here)
+            here = c_locals(OWN, within, "token", here)
             here["threadIdx"] = SimpleNamespace(x=thread)
             if in_warp:
-                key = c_locals(SOURCE, within, "key", here)["key"]
+                key = c_locals(OWN, within, "key", here)["key"]
                 assert 0 <= key < 1 << 32
                 found |= key in seen
                 seen.add(key)
             elif ours:
-                first = c_value(c_find(SOURCE, (within,), "other"), here)
+                first = c_value(c_find(OWN, (within,), "other"), here)
                 found |= any(ids[other] == expert for other in range(first, pair))
     return found
 
 
-def rank_in_order(local: list[int], counts: list[int]) -> list[int]:
-    """``rank_in_order`` of a block: warps of 32 lanes one after the other."""
-    ranks = [0] * len(local)
+class U64(int):
+    """An unsigned number of 64 bits."""
+
+    def __mul__(self, other: int) -> U64:
+        return U64(int(self) * other % (1 << 64))
+
+
+def of_four(name: str, four: int) -> U64:
+    """``sums_before`` or ``sum_of``."""
+    return U64(c_value(c_find(OWN, (f" {name}(u64 four)",), "return"), {"four": U64(four)}))
+
+
+def of_class(four: int, k: int) -> int:
+    value: int = c_value(c_find(OWN, ("int of_class(",), "return"), {"four": four, "k": k})
+    return value
+
+
+@cache
+def columns_of(n: int, k: int) -> int:
+    value: int = c_value(c_find(OWN, ("int columns_of(",), "return"), {"n": n, "k": k})
+    return value
+
+
+def column_at(k: int, r: int) -> int:
+    value: int = c_value(c_find(OWN, ("int column_at(",), "return"), {"k": k, "r": r})
+    return value
+
+
+@cache
+def column_for(all_: int, k: int, r: int) -> int:
+    """The column of the r-th pair of class k."""
+    within = "int column_for("
+    names = {f.__name__: f for f in (of_class, columns_of, column_at)}
+    scope = {**ROUTE, **names, "all": all_, "k": k, "r": r}
+    scope["sum_of"] = lambda four: of_four("sum_of", four)
+    scope = c_locals(OWN, within, "n over", scope)
+    if scope["over"] < 0:
+        value: int = c_value(c_find(OWN, (within,), "return"), scope)
+        return value
+    scope["left"] = scope["over"]
+    for j in range(ROUTE["kClasses"]):
+        scope["left"] += c_value(c_find(OWN, (within,), "left +="), scope | {"j": j})
+    found = []
+    for j in range(ROUTE["kClasses"]):
+        scope = c_locals(OWN, within, "used empty", scope | {"j": j})
+        if 0 <= scope["left"] < scope["empty"]:
+            found.append(c_value(c_find(OWN, (within, "left < empty"), "column"), scope))
+        scope["left"] -= scope["empty"]
+    (column,) = found
+    return int(column)
+
+
+def half_of(key: int) -> int:
+    value: int = c_value(c_find(OWN, ("int half_of(",), "return"), {"key": key})
+    return value
+
+
+def rank_in_order(keys: list[int], counts: list[int]) -> list[int]:
+    """``rank_in_order`` of a block: warps of 32 lanes one after the other.
+
+    Args:
+        keys: of pairs, -1 for those of other ranks.
+        counts: words of two keys, zero before.
+    """
+    ranks, within = [0] * len(keys), ("void rank_in_order",)
     threads, mine = ROUTE["kThreads"], ROUTE["kMine"]
-    padded = local + [-1] * (threads * mine - len(local))
+    padded = keys + [-1] * (threads * mine - len(keys))
+    add = c_find(OWN, within, "atomicAdd(").replace("&counts[key / 2]", "key / 2")
+    names = {**ROUTE, "half_of": half_of, "__popc": int.bit_count, "counts": counts}
     for i in range(mine):
         for warp in range(ROUTE["kWarps"]):
-            lanes = padded[i * threads + warp * 32 :][:32]
-            before = [counts[max(e, 0)] for e in lanes]  # all lanes read, then the last ones write
-            for lane, e in enumerate(lanes):
-                same = sum(1 << other for other in range(32) if lanes[other] == e)
-                scope = {"same": same, "lane": lane, "before": before[lane]}
-                scope["__popc"] = int.bit_count
-                rank = c_value(c_find(SOURCE, ("void rank_in_order",), "rank[i]"), scope)
-                pair = i * threads + warp * 32 + lane
-                if e >= 0:
-                    ranks[pair] = rank
-                    if same >> lane == 1:
-                        counts[e] = rank + 1
+            first = i * threads + warp * 32
+            lanes = padded[first : first + 32]
+            if max(lanes) < 0:
+                continue
+            scopes = []
+            for lane, key in enumerate(lanes):  # all lanes read, then the last ones add
+                same = sum(1 << other for other in range(32) if lanes[other] == key)
+                scope = names | {"same": same, "lane": lane, "keys": [key], "i": 0}
+                scopes.append(c_locals(OWN, within[0], "key before rank[i]", scope))
+            for lane, key in enumerate(lanes):
+                if key >= 0:
+                    ranks[first + lane] = scopes[lane]["rank[i]"]
+                    if scopes[lane]["same"] >> lane == 1:
+                        word, more = c_value(add, scopes[lane])
+                        counts[word] += more
     return ranks
 
 
+def words_of(four: list[int]) -> list[int]:
+    """An array of u16 over one of u64."""
+    return [value >> 16 * k & 0xFFFF for value in four for k in range(4)]
+
+
 class Route:
-    """``sort_part`` of all blocks; what it writes, as dictionaries from index to value.
+    """What the blocks that sort write, as dictionaries from index to value.
 
     Attributes:
         columns: of each kind of lists, pairs by place; ``own.columns`` is ``down``. Where CTAs of
@@ -109,69 +182,113 @@ class Route:
         self.rows: dict[int, int] = {}
         self.first: dict[tuple[int, int], int] = {}
         self.twice: list[bool] = []
-        local = [[e if 0 <= e < layer.experts else -1 for e in part] for part in self.split(ids)]
-        order = random.Random(seed)
-        ranks = []
+        self.local = [
+            [e if 0 <= e < layer.experts else -1 for e in part] for part in self.split(ids)
+        ]
         self.counts: list[list[int]] = []
-        for number, experts in enumerate(local):
-            count = [0] * MAX_EXPERTS
-            twice = self.own and names_twice(ids, experts, number * self.part, layer.top_k)
-            self.twice.append(twice)
-            rank = rank_in_order(experts, count) if twice else [0] * len(experts)
-            if not twice:
-                for i in order.sample(range(len(experts)), len(experts)):  # atomics: any order
-                    if experts[i] >= 0:
-                        rank[i] = count[experts[i]]
-                        count[experts[i]] += 1
-            ranks.append(rank)
+        self.order = random.Random(seed)
+        if self.own:
+            self.sort_own(layer.top_k)
+        else:
+            self.sort()
+
+    def any_order(self, experts: list[int]) -> list[int]:
+        """This rank's pairs of a part in any order, as that of atomics."""
+        order = self.order.sample(range(len(experts)), len(experts))
+        return [i for i in order if experts[i] >= 0]
+
+    def sort(self) -> None:
+        """``sort_part`` of all blocks."""
+        ranks = []
+        add = c_find(SOURCE, ("void sort_part",), "mine[i] +=")
+        add = add.replace("atomicAdd(&counts[mine[i]], 1)", "old")
+        for experts in self.local:
+            count, mine = [0] * MAX_EXPERTS, list(experts)
+            for i in self.any_order(experts):
+                mine[i] += c_value(add, {**ROUTE, "old": count[experts[i]]})
+                count[experts[i]] += 1
+            ranks.append(mine)
             self.counts.append(count)
-        for number, experts in enumerate(local):
-            begins, starts = {}, {}
-            for name in kinds:
-                begins[name] = self.place_part(name, number)
-                lists = {kind: SimpleNamespace(parts=one.parts) for kind, one in kinds.items()}
-                p = SimpleNamespace(**lists, part_pairs=self.part)
-                scope = {**ROUTE, "p": p, "part": number, "own": self.own}
-                starts[name] = c_locals(SOURCE, "counts[tid] = begins.all", name, scope)[name]
-            ups = begins["up"]
-            scope = {"up_first": [begin.mine for begin in ups], "counts": [b.all for b in ups]}
-            text = c_find(SOURCE, ("if (own) {\n    begins", "} else {"), "down_first[tid]")
-            packed = [c_value(text, {"begins": begin}) for begin in ups]
-            for i, e in enumerate(experts):
+        for number, experts in enumerate(self.local):
+            begins, start = self.place_part("up", number), self.list_begin("up", number)
+            scope = {**ROUTE, "first": [b.mine for b in begins], "counts": [b.all for b in begins]}
+            text = c_find(SOURCE, ("void sort_part",), "tiles[tid]")
+            scope["tiles"] = [c_value(text, {"begins": begin}) for begin in begins]
+            for i, expert in enumerate(experts):
                 pair = number * self.part + i
-                here = scope | {"e": e, "i": 0, "rank": [ranks[number][i]]}
-                here = c_locals(SOURCE, "void sort_part", "up_row", here)
-                up = here["up_row"]
-                if e >= 0:
-                    self.put("up", starts["up"] + up, pair)
-                if self.own and e >= 0:
-                    at = begins["down"][e].mine + ranks[number][i]
-                    self.put("down", starts["down"] + at, pair)
-                    first = begins["down"][e].all
-                    self.rows[starts["up"] + up] = self.q_row(starts["down"], at, first)
-                elif not self.own:
-                    # A word of 32 bits
-                    tile = self.tile(here | {"down_first": packed}) & 0xFFFFFFFF if e >= 0 else 0
-                    self.place[pair] = up, tile
+                self.place[pair] = -1, 0
+                if expert >= 0:
+                    here = scope | {"mine": ranks[number][i : i + 1], "i": 0}
+                    here = c_locals(SOURCE, "u32 tile = 0;", "e row at size", here)
+                    assert here["e"] == expert
+                    text = c_find(SOURCE, ("u32 tile = 0;", "size = tiles"), "tile")
+                    self.put("up", start + here["row"], pair)
+                    self.place[pair] = here["row"], c_value(text, here) & 0xFFFFFFFF  # a word
+
+    def sort_own(self, top_k: int) -> None:
+        """``sort_own_part`` of all blocks."""
+        within, p = "void sort_own_part", SimpleNamespace(own=SimpleNamespace(top_k=top_k))
+        scope = {**ROUTE, "p": p, "i": 0, "half_of": half_of, "column_for": column_for}
+        atomic = c_find(OWN, (within,), "rank[i]")
+        atomic = atomic.replace("atomicAdd(&counts[key / 2], 1u << half)", "old")
+        all_keys, ranks, fours = [], [], []
+        for number, experts in enumerate(self.local):
+            keys, words, rank = [], [0] * (2 * MAX_EXPERTS), [0] * len(experts)
+            for i, e in enumerate(experts):
+                here = scope | {"begin": number * self.part, "tid": i, "keys": [e]}
+                here = c_locals(OWN, within, "token", here)
+                text = c_find(OWN, (within, "if (keys[i] >= 0)"), "keys[i]")
+                keys.append(c_value(text, here) if e >= 0 else -1)
+            self.twice.append(names_twice(self.ids, experts, number * self.part, top_k))
+            if self.twice[-1]:
+                rank = rank_in_order(keys, words)
+            else:
+                for i in self.any_order(experts):
+                    key, half = keys[i], half_of(keys[i])
+                    rank[i] = c_value(atomic, {"key": key, "half": half, "old": words[key // 2]})
+                    words[key // 2] += 1 << half
+            all_keys.append(keys)
+            ranks.append(rank)
+            fours.append([words[2 * e] | words[2 * e + 1] << 32 for e in range(MAX_EXPERTS)])
+            self.counts.append([of_four("sum_of", four) for four in fours[-1]])
+        for number, keys in enumerate(all_keys):
+            here = scope | {"part": number}
+            here["p"] = SimpleNamespace(down=self.plan.down, sorters=len(fours))
+            here = c_locals(OWN, within, "first_part last_part", here)
+            parts = range(here["first_part"], here["last_part"])
+            in_list = [[fours[i][e] for i in parts] for e in range(MAX_EXPERTS)]
+            before = [sum(four[: number - parts[0]]) for four in in_list]
+            here["tables"] = SimpleNamespace(all=[sum(four) for four in in_list])
+            here["up_ranks"] = words_of([of_four("sums_before", four) for four in fours[number]])
+            here["down_ranks"] = words_of(before)
+            here["up_first"] = [begin.mine for begin in self.place_part("up", number)]
+            here["down_first"] = [begin.all for begin in self.place_part("down", number)]
+            up, down = (self.list_begin(name, number) for name in ("up", "down"))
+            for i, key in enumerate(keys):
+                if key >= 0:
+                    one = here | {"keys": [key], "rank": [ranks[number][i]]}
+                    names = "key e up_row column at"
+                    one = c_locals(OWN, f"{within} > const u16* up_ranks", names, one)
+                    pair = number * self.part + i
+                    self.put("up", up + one["up_row"], pair)
+                    self.put("down", down + one["at"], pair)
+                    self.rows[up + one["up_row"]] = self.q_row(one | {"down": down})
+
+    def list_begin(self, name: str, part: int) -> int:
+        """The first pair of the list in which a part is."""
+        lists, p = getattr(self.plan, name), SimpleNamespace(part_pairs=self.part)
+        text = c_find(SOURCE, ("u64 list_begin(",), "return")
+        value: int = c_value(text, {"part": part, "lists": lists, "p": p})
+        return value
 
     def put(self, name: str, place: int, pair: int) -> None:
         assert place not in self.columns[name], "two in one place"
         self.columns[name][place] = pair
 
     @staticmethod
-    def tile(scope: dict[str, Any]) -> int:
-        """``Place::tile`` of a pair."""
-        scope = c_locals(SOURCE, "u32 tile = 0;", "at size", scope)
-        text = c_find(SOURCE, ("u32 tile = 0;", "size = down_first"), "tile")
-        value: int = c_value(text, scope)
-        return value
-
-    @staticmethod
-    def q_row(down: int, at: int, first: int) -> int:
-        """The value for a pair at ``at`` of its list, which begins at ``down``, its expert's at
-        ``first`` of the list."""
-        text = c_find(SOURCE, ("void sort_part",), "q_row(")
-        row, number = c_value(text, {"down": down, "at": at, "counts": [first], "e": 0})
+    def q_row(scope: dict[str, Any]) -> int:
+        """The value for a pair."""
+        row, number = c_value(c_find(OWN, ("void sort_own_part",), "q_row("), scope)
         found = c_find(SOURCE, ("int q_row(",), "return")
         value: int = c_value(found, {"row": row, "of_expert": number})
         return value

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hopper_own import FEED, JOBS, KERNEL, job_steps, own_constants, shared_at, shared_map
 from hopper_own import unpack_step as unpack
-from hopper_route import ROUTE, Route, names_twice, rank_in_order
+from hopper_route import ROUTE, Route, column_for, columns_of, names_twice, rank_in_order, words_of
 from kernel_source import c_constants, c_find, c_locals, c_value
 
 from sglang_w4afp8.kernels.hopper import plan_prefill
@@ -207,20 +207,127 @@ def test_the_four_tokens_of_an_instruction_spread_over_banks() -> None:
         assert len({*tokens}) < 4 or worst == 1
 
 
+# ---- classes -------------------------------------------------------------------------------------
+def lanes_together() -> list[list[int]]:
+    """Columns that the lanes of a warp add to at once, from those that ``add`` gives each lane."""
+    of_lanes = [[column for column, _ in added_at(0, 0, lane)[0]] for lane in range(4)]
+    return [list(columns) for columns in zip(*of_lanes, strict=True)]
+
+
+TOGETHER = lanes_together()
+
+
+def conflicts(tokens: list[int], columns: int) -> list[int]:
+    """How often the banks are needed for each group of four of an expert's tokens.
+
+    Args:
+        tokens: by column, numbers in the list.
+        columns: of a step.
+    """
+    found = []
+    for begin in range(0, len(tokens), columns):
+        step = dict(enumerate(tokens[begin : begin + columns]))
+        for group in TOGETHER:
+            chunks = [sum_offset(step[column]) // 32 % 4 for column in group if column in step]
+            if chunks:
+                found.append(max(map(chunks.count, chunks)))
+    return found
+
+
+@pytest.mark.parametrize("most", [2, 5, 12, 90])
+def test_columns_of_an_expert_spread_over_banks(most: int) -> None:
+    order = random.Random(most)
+    vectors = list(product(range(3), repeat=4)) if most == 2 else []
+    vectors += [tuple(order.randint(0, most) for _ in range(4)) for _ in range(150)]
+    for pairs in vectors:
+        n, packed = sum(pairs), sum(count << 16 * k for k, count in enumerate(pairs))
+        places = [columns_of(n, k) for k in range(4)]
+        assert places == [sum(p % 8 // 2 == k for p in range(n)) for k in range(4)]
+        tokens = [-1] * n
+        for k, count in enumerate(pairs):
+            for r in range(count):
+                column = column_for(packed, k, r)
+                assert tokens[column] == -1, "two in one column"
+                assert (column % 8 // 2 == k) or r >= places[k]
+                tokens[column] = k
+        assert -1 not in tokens
+        found = conflicts(tokens, 48)
+        # Each pair left over is in the way of one group at most.
+        left = sum(max(count - place, 0) for count, place in zip(pairs, places, strict=True))
+        assert max(*pairs, len(found)) <= sum(found) <= len(found) + left
+        assert left or set(found) <= {1}
+        if any(count > place == len(found) for count, place in zip(pairs, places, strict=True)):
+            alone = sum(count > place for count, place in zip(pairs, places, strict=True)) == 1
+            assert not alone or sum(found) == max(pairs), "no order is better"
+
+
+def test_additions_meet_few_conflicts() -> None:
+    layer, tokens = Layer(256, 7168, 256, 128, 128, 8, False, False), 2048
+    order = random.Random(5)
+    ids = [e for _ in range(tokens) for e in order.sample(range(layer.experts), layer.top_k)]
+    plan = planned(layer, tokens, 132)
+    columns = own_constants(plan.launches[2].kernel)["kColumns"]
+    found = Route(ids, layer, plan, seed=5)
+    assert plan.down.count == 2 and plan.down.parts > 1 and not any(found.twice)
+    ours, theirs = [], []
+    for number, e in product(range(plan.down.count), range(layer.experts)):
+        begin = number * plan.down.tokens
+        in_list = range(found.first[number, e], found.first[number, e + 1])
+        pairs = [found.columns["down"][begin * layer.top_k + i] for i in in_list]
+        assert all(ids[pair] == e for pair in pairs)
+        local = [pair // layer.top_k - begin for pair in pairs]
+        for token in local:
+            assert sum_offset(token) // 32 % 4 == (token + begin) % 4, "classes of other tokens"
+        ours += conflicts(local, columns)
+        theirs += conflicts(order.sample(local, len(local)), columns)
+    assert sum(ours) / len(ours) < 1.45 < 1.9 < sum(theirs) / len(theirs)
+
+
+def test_lists_and_parts_begin_with_the_first_class() -> None:
+    for experts, top_k in ((256, 8), (64, 6), (512, 10), (16, 1), (32, 32), (8, 3)):
+        layer = Layer(experts, 2048, 256, 128, 128, top_k, False, False)
+        own = plan_prefill.own_tokens(layer)
+        for tokens in {1, 7, 9, own - 1, own, own + 1, 2 * own + 1, 3 * own, 5 * own - 3}:
+            plan = planned(layer, tokens, 132)
+            assert plan.room == 0 and plan.down.tokens % 8 == 0
+            assert plan.part_pairs % (8 * top_k) == 0
+            assert own_constants(plan.launches[2].kernel)["kColumns"] % 8 == 0
+    most = plan_prefill.OWN_TOKENS[-1] * plan_prefill.MAX_TOP_K
+    assert max(most, plan_prefill.SORT_PAIRS) < 1 << 16, "halves of a word, and their sum"
+
+
 # ---- order ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", range(4))
 def test_ranks_are_in_the_order_of_pairs(seed: int) -> None:
     order = random.Random(seed)
     for size in (1, 31, 33, 700, ROUTE["kPart"]):
-        local = [order.choice((-1, 0, 0, 1, 5, 511)) for _ in range(size)]
-        counts = [0] * 512
-        ranks = rank_in_order(local, counts)
-        seen = [0] * 512
-        for pair, e in enumerate(local):
-            if e >= 0:
-                assert ranks[pair] == seen[e]
-                seen[e] += 1
-        assert counts == seen
+        keys = [order.choice((-1, 0, 0, 1, 2, 5, 2046, 2047)) for _ in range(size)]
+        counts = [0] * 1024
+        ranks = rank_in_order(keys, counts)
+        seen = [0] * 2048
+        for pair, key in enumerate(keys):
+            if key >= 0:
+                assert ranks[pair] == seen[key]
+                seen[key] += 1
+        assert [half for word in counts for half in words_of([word])[:2]] == seen
+
+
+def test_places_where_a_token_names_an_expert_twice_are_known() -> None:
+    """Whatever the order of atomics, in this part and in the others of its list."""
+    layer, tokens = Layer(6, 512, 256, 128, 128, 3, False, False), 700
+    order = random.Random(7)
+    ids = [e for _ in range(tokens) for e in order.sample(range(layer.experts), layer.top_k)]
+    plan = planned(layer, tokens, 132)
+    assert plan.down.parts > 1
+    part = plan.part_pairs
+    for token in (0, 5, (2 * part + 5) // layer.top_k):  # of two parts
+        ids[token * layer.top_k] = ids[token * layer.top_k + 1]
+    routes = [Route(ids, layer, plan, seed=seed) for seed in range(3)]
+    twice = routes[0].twice
+    assert 2 == sum(twice) < len(twice) and all(found.twice == twice for found in routes)
+    places = [{pair: at for at, pair in found.columns["down"].items()} for found in routes]
+    moved = {pair // part for pair in places[0] if len({at[pair] for at in places}) > 1}
+    assert moved and not any(twice[number] for number in moved)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 6, 8, 10, 32, 48])

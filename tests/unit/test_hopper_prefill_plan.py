@@ -16,6 +16,7 @@ from kernel_source import c_constants, c_find, c_offsets, c_value
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
 from sglang_w4afp8.kernels.hopper import plan as all_paths
+from sglang_w4afp8.kernels.hopper.build import CSRC
 from sglang_w4afp8.kernels.hopper.launch import Tensors
 from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, MAX_EXPERTS, Layer, most_tokens
 from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
@@ -58,6 +59,7 @@ def kernel_bytes(source: str, c: dict[str, Any], ring: int) -> tuple[int, int]:
 
 
 TABLE_BYTES = c_find("prefill_tables.cuh", ("constexpr int bytes()",), "return")
+SORT_TEXT = (CSRC / "prefill_sort_own.cuh").read_text()
 MAKE_RING = {"shared": 0, "p": SimpleNamespace(ring=0)}
 
 
@@ -89,6 +91,9 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
         assert c["kPerWg"] == 1 if not own else c["kPerWg"] in (1, 2)
         assert {c["kLayoutTiles"], shape.tiles} <= {1, 2, 4} and c["kLayoutTiles"] == shape.tiles
     route = c_constants("prefill_route.cu", {})
+    tables = sum(f"u64 {name}[kMaxExperts];" in SORT_TEXT for name in ("mine", "before", "all"))
+    shared = planned(layer, 1, 132).launches[0].shared_bytes
+    assert tables == 3 and shared == (tables * 8 * route["kMaxExperts"] if own else 0)
     assert route["kMaxExperts"] == route["kThreads"] == MAX_EXPERTS  # a thread for each expert
     assert route["kPart"] == plan_prefill.SORT_PAIRS and route["kTokens"] == c["kTokens"]
 
@@ -325,11 +330,12 @@ def test_workspace_has_room_for_what_owners_of_outputs_read(layer: Layer) -> Non
         parts = {"xq": route.xq, "rows": own.rows, "columns": own.columns, "twice": own.twice,
                  "sizes": own.sizes, "largest": own.largest, "first": lists.first,
                  "up columns": route.up.columns, "q": up.q, "counts": route.counts,
-                 "zeros": route.zeros}  # fmt: skip
+                 "zeros": route.zeros, "own counts": own.counts}  # fmt: skip
         assert len({*parts.values()}) == len(parts), "two things in one place"
         assert room(own.columns) >= 8 * rows and room(own.rows) >= 4 * pairs
         assert room(lists.first) >= 4 * (c["kMaxExperts"] + 1) * lists.count
         assert room(own.twice) >= 4 * plan.sorters and room(own.sizes) >= 4 * pairs
+        assert room(own.counts) >= 8 * c["kMaxExperts"] * plan.sorters
         assert room(own.largest) >= 4 * layer.experts == 4 * down.experts
         assert own.expert_scales == layer.hidden * layer.inner // layer.inner_group
         assert own.expert_scales % 8 == 0, "read eight at a time"

@@ -85,7 +85,8 @@ __device__ __forceinline__ u32 load_exponent(u32 address) {
 }
 
 // Where the 64 sums of token t are. The four tokens that a warp adds to at once spread over the
-// banks as far as their numbers differ: a sum's byte is XORed with the low bits of t.
+// banks as far as their numbers differ: a sum's byte is XORed with the low bits of t. Columns are
+// in an order in which they mostly do (prefill_sort_own.cuh).
 __device__ __forceinline__ u32 sum_offset(u32 t) { return t * 128 + ((t & 3) << 5); }
 
 // Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.

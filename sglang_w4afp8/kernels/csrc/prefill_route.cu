@@ -5,8 +5,8 @@
 // publishes the counts, waits for the others' and then knows where its pairs go in both kinds of
 // list. The other blocks quantise four rows of x each. Pairs of an expert are in no particular
 // order: a pair's result does not depend on its neighbours, and sums are taken in the order of k.
-// prefill_own_down.cu takes them in the order of experts: pairs keep theirs where a token names an
-// expert twice.
+// prefill_own_down.cu takes them in the order of experts, and then of columns: where a token names
+// an expert twice, its columns depend on ids alone.
 //
 // For prefill_down.cu (Sorted) the blocks that quantise wait for those that sort, and write a row
 // to the place of each of its pairs: an expert's tokens are contiguous then, in the order in which
@@ -16,7 +16,7 @@
 //
 // Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows
 // how large sums can become.
-#include "prefill_sort.cuh"
+#include "prefill_sort_own.cuh"
 
 // A block: waits until all pairs have been placed. Blocks start in order, so those that sort run.
 __device__ void wait_placed(const PrefillRouteParams& p) {
@@ -169,8 +169,9 @@ __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
-  __shared__ int counts[kMaxExperts], up_first[kMaxExperts], down_first[kMaxExperts];
+  __shared__ int counts[kMaxExperts], first[kMaxExperts], tiles[kMaxExperts];
   __shared__ int sums[2 * kWarps];
+  extern __shared__ OwnTables tables[];
   pdl_wait();
   pdl_trigger();
   const int block = blockIdx.x;
@@ -178,8 +179,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     p.zeros[i] = 0;
   }
   const int quantizers = (p.tokens + kRows - 1) / kRows;
-  if (block < p.sorters) {
-    sort_part(p, block, counts, sums, up_first, down_first);
+  if (block < p.sorters && p.own.columns != nullptr) {
+    sort_own_part(p, block, *tables, sums, first, tiles);
+  } else if (block < p.sorters) {
+    sort_part(p, block, counts, sums, first, tiles);
   } else if (block < p.sorters + quantizers) {
     quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
   } else {

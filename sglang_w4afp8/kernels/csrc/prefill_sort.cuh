@@ -57,6 +57,7 @@ struct Own {
   int* twice;             // (parts) whether a token names an expert twice
   float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
   float* largest;         // (E) the largest finite scale of w2, whatever its sign
+  u64* counts;            // (sorters, kMaxExperts) pairs by class, see prefill_sort_own.cuh
   const float* weights;   // (M, top_k)
   const u16* w2_scale;    // (E, expert_scales) bfloat16
   int expert_scales, top_k;
@@ -140,71 +141,10 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   return Begin{first + before, first, tile, max(size, 1)};
 }
 
-// Whether a token of the block's part names an expert twice; the same for all threads.
-__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
-                            const int (&expert)[kMine]) {
-  bool twice = false;
-  const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
-#pragma unroll
-  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
-    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
-    const bool ours = pair < end && expert[i] >= 0;
-    const int token = pair / p.own.top_k;
-    if (in_warp) {
-      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
-      twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
-    } else if (ours) {
-      for (int other = token * p.own.top_k; other < pair; ++other) {
-        twice |= expert_of(p, other) == expert[i];
-      }
-    }
-  }
-  twice = __syncthreads_or(twice) != 0;
-  if (threadIdx.x == 0) p.own.twice[part] = twice;
-  return twice;
-}
-
-// Ranks in the order of pairs: a warp after the other, as this is rare.
-__device__ void rank_in_order(const int (&expert)[kMine], int (&rank)[kMine], int* counts) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp) {
-        const u32 same = __match_any_sync(0xffffffffu, expert[i]);
-        const int e = max(expert[i], 0), before = counts[e];
-        rank[i] = before + __popc(same & ((1u << lane) - 1));
-        __syncwarp();
-        if (expert[i] >= 0 && same >> lane == 1) counts[e] = rank[i] + 1;
-      }
-      __syncthreads();
-    }
-  }
-}
-
-__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
-                          int* up_first, int* down_first) {
-  const int tid = threadIdx.x, begin = part * p.part_pairs;
-  const int end = min(begin + p.part_pairs, p.pairs);
-  int expert[kMine], rank[kMine];
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int pair = begin + i * kThreads + tid;
-    expert[i] = pair < end ? expert_of(p, pair) : -1;
-  }
-  counts[tid] = 0;
+// One block: publishes the counts that all its threads have written, and waits for the others'.
+__device__ __forceinline__ void exchange_counts(const PrefillRouteParams& p) {
   __syncthreads();
-  const bool own = p.own.columns != nullptr;
-  if (own && names_twice(p, part, begin, end, expert)) {
-    rank_in_order(expert, rank, counts);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
-  }
-  __syncthreads();
-  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
-  __syncthreads();
-  if (tid == 0) {
+  if (threadIdx.x == 0) {
     // Blocks start in order and two fit on an SM: with no more sorters than that (hopper/plan.py,
     // most_tokens) all of them are running or will be, whoever holds the SMs now.
     asm volatile("fence.acq_rel.gpu;" ::: "memory");
@@ -215,44 +155,57 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
     } while ((seen & 0xffff) < static_cast<u32>(p.sorters));
   }
   __syncthreads();
-  Begin begins = place_part(p, p.up, part, sums);
-  up_first[tid] = begins.mine;
-  if (own) {
-    begins = place_part(p, p.down, part, sums);
-    down_first[tid] = begins.mine;
-  } else {
-    down_first[tid] = begins.tile << 8 | begins.size;  // sizes: 1 to 128
+}
+
+// The first pair of the list in which a part is.
+__device__ __forceinline__ u64 list_begin(const PrefillRouteParams& p, const Lists& lists,
+                                          int part) {
+  return static_cast<u64>(part / lists.parts) * lists.parts * p.part_pairs;
+}
+
+// For prefill_down.cu; prefill_sort_own.cuh has the other one.
+__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
+                          int* first, int* tiles) {
+  const int tid = threadIdx.x, begin = part * p.part_pairs;
+  const int end = min(begin + p.part_pairs, p.pairs);
+  int mine[kMine];  // the expert, and its pair's rank times kMaxExperts: registers are few
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid;
+    mine[i] = pair < end ? expert_of(p, pair) : -1;
   }
+  counts[tid] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    if (mine[i] >= 0) mine[i] += atomicAdd(&counts[mine[i]], 1) * kMaxExperts;
+  }
+  __syncthreads();
+  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(counts[tid]));
+  exchange_counts(p);
+  const Begin begins = place_part(p, p.up, part, sums);
+  first[tid] = begins.mine;
+  tiles[tid] = begins.tile << 8 | begins.size;  // sizes: 1 to 128
   __syncthreads();
   counts[tid] = begins.all;
   __syncthreads();
-  const u64 up = static_cast<u64>(part / p.up.parts) * p.up.parts * p.part_pairs;
-  const u64 down = own ? static_cast<u64>(part / p.down.parts) * p.down.parts * p.part_pairs : 0;
+  const u64 list = list_begin(p, p.up, part);
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
-    const int pair = begin + i * kThreads + tid, e = expert[i];
+    const int pair = begin + i * kThreads + tid;
     if (pair >= end) continue;
-    const int up_row = e >= 0 ? up_first[e] + rank[i] : -1;
-    if (e >= 0) p.up.columns[up + up_row] = pair;
-    if (own) {
-      const float weight = p.own.weights[pair];
-      p.own.sizes[pair] = e >= 0 ? fabsf(weight) : 0.0f;
-      if (e >= 0) {
-        const int at = down_first[e] + rank[i];
-        p.own.columns[down + at] = Column{pair, weight};
-        p.own.rows[up + up_row] = q_row(down + at, at - counts[e]);
-      }
-    } else {
-      u32 tile = 0;
-      if (e >= 0) {
-        const int at = up_row - counts[e], size = down_first[e] & 255;  // at: among the expert's
-        tile = ((down_first[e] >> 8) + at / size) << 3 | (at & 7);
-      }
-      __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
-             static_cast<u32>(up_row) | static_cast<u64>(tile) << 32);
+    int row = -1;
+    u32 tile = 0;
+    if (mine[i] >= 0) {
+      const int e = mine[i] & (kMaxExperts - 1);
+      row = first[e] + mine[i] / kMaxExperts;
+      p.up.columns[list + row] = pair;
+      const int at = row - counts[e], size = tiles[e] & 255;  // at: among the expert's
+      tile = ((tiles[e] >> 8) + at / size) << 3 | (at & 7);
     }
+    __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
+           static_cast<u32>(row) | static_cast<u64>(tile) << 32);
   }
-  if (own) return;
   __syncthreads();
   if (tid == 0) {
     asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -40,7 +40,7 @@ class _Own(ctypes.Structure):
 
     _fields_ = (
         ("columns", _P), ("rows", _P), ("twice", _P), ("sizes", _P), ("largest", _P),
-        ("weights", _P), ("w2_scale", _P), ("expert_scales", _I), ("top_k", _I),
+        ("counts", _P), ("weights", _P), ("w2_scale", _P), ("expert_scales", _I), ("top_k", _I),
     )  # fmt: skip
 
 
@@ -139,6 +139,7 @@ def launches_prefill(
             "own twice": plan.sorters * 4 if own else 0,
             "own sizes": pairs * 4 if own else 0,
             "own largest": layer.experts * 4 if own else 0,
+            "own counts": plan.sorters * MAX_EXPERTS * 8 if own else 0,
             "xq": max(tokens, plan.room) * layer.hidden,
             "x_scale": tokens * 4,
             "q": q_rows * layer.inner,
@@ -159,7 +160,8 @@ def launches_prefill(
         down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
         for_own = _Own(
             at["own columns"], at["own rows"], at["own twice"], at["own sizes"], at["own largest"],
-            t.topk_weights.data_ptr(), t.w2_scale.data_ptr(), t.w2_scale[0].numel(), top_k,
+            at["own counts"], t.topk_weights.data_ptr(), t.w2_scale.data_ptr(),
+            t.w2_scale[0].numel(), top_k,
         )  # fmt: skip
     else:
         for_sorted = _Sorted(

@@ -18,6 +18,7 @@ from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
     BARRIER_BYTES,
     CTA_SHARED_BYTES,
+    MAX_EXPERTS,
     Kernel,
     Launch,
     Layer,
@@ -75,6 +76,8 @@ OWN_CLUSTERS = (2, 1)
 slower, as each waits for the slowest."""
 OWN_SORTERS = 64
 """CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
+OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
+"""Shared memory of those, for experts' pairs by class (prefill_sort_own.cuh)."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
@@ -328,9 +331,10 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
 
 
 def _route(tokens: int, sorters: int, experts: int) -> Launch:
-    """``experts``: whose scales are looked through, a CTA each."""
+    """``experts``: whose scales are looked through, a CTA each; 0 where CTAs own no outputs."""
     kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
-    return Launch(kernel, (sorters + -(-tokens // ROUTE_ROWS) + experts, 1), ROUTE_THREADS)
+    grid = (sorters + -(-tokens // ROUTE_ROWS) + experts, 1)
+    return Launch(kernel, grid, ROUTE_THREADS, OWN_SORT_BYTES if experts else 0)
 
 
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:

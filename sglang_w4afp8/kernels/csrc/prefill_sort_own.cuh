@@ -1,0 +1,164 @@
+// Of prefill_route.cu: the blocks that sort pairs for prefill_own_down.cu.
+//
+// Four lanes there add to the sums of four tokens at once: those of columns 8 b + 2 q + e of an
+// expert, q = 0 .. 3. The banks of shared memory that they need differ if the low two bits of the
+// tokens' numbers do (sum_offset); with tokens in any order an addition takes twice as long. So a
+// column has a class, q, and a pair goes to a column whose class is that of its token, as long as
+// the expert has one. The pairs left over fill the columns left over. Lists begin with a multiple
+// of four tokens, and an expert's steps with a multiple of eight of its columns.
+#pragma once
+#include "prefill_sort.cuh"
+
+// For each class a number: 16 bits, enough for an expert's pairs of a list. The lowest is class 0.
+constexpr int kClasses = 4;
+
+__device__ __forceinline__ int of_class(u64 four, int k) { return four >> 16 * k & 0xffff; }
+// What the classes before each one have, and what all have.
+__device__ __forceinline__ u64 sums_before(u64 four) { return four * 0x0001000100010000ull; }
+__device__ __forceinline__ int sum_of(u64 four) { return four * 0x0001000100010001ull >> 48; }
+
+// Of n columns those of class k, and the number of the r-th.
+__device__ __forceinline__ int columns_of(int n, int k) {
+  return n / 8 * 2 + min(max(n % 8 - 2 * k, 0), 2);
+}
+__device__ __forceinline__ int column_at(int k, int r) { return r / 2 * 8 + 2 * k + r % 2; }
+
+// Where the r-th pair of class k goes, of an expert that has `all` of the classes in a list.
+__device__ __forceinline__ int column_for(u64 all, int k, int r) {
+  const int n = sum_of(all), over = r - columns_of(n, k);
+  if (over < 0) return column_at(k, r);
+  int left = over;  // its number among those left over
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    left += j < k ? max(of_class(all, j) - columns_of(n, j), 0) : 0;
+  }
+  int column = 0;
+#pragma unroll
+  for (int j = 0; j < kClasses; ++j) {
+    const int used = of_class(all, j), empty = max(columns_of(n, j) - used, 0);
+    if (left >= 0 && left < empty) column = column_at(j, used + left);
+    left -= empty;
+  }
+  return column;
+}
+
+// Dynamic shared memory. Classes of an expert are next to each other: its four are also elements
+// 4 e + k of an array of u16, as a pair's key is.
+struct OwnTables {
+  u64 mine[kMaxExperts];    // pairs of this part; later those of the classes before, for up
+  u64 before[kMaxExperts];  // of the parts before, in down's list
+  u64 all[kMaxExperts];     // of down's list
+};
+
+// Whether a token of the block's part names an expert twice; the same for all threads.
+__device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
+                            const int (&expert)[kMine]) {
+  bool twice = false;
+  const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
+#pragma unroll
+  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
+    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
+    const bool ours = pair < end && expert[i] >= 0;
+    const int token = pair / p.own.top_k;
+    if (in_warp) {
+      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
+      twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
+    } else if (ours) {
+      for (int other = token * p.own.top_k; other < pair; ++other) {
+        twice |= expert_of(p, other) == expert[i];
+      }
+    }
+  }
+  twice = __syncthreads_or(twice) != 0;
+  if (threadIdx.x == 0) p.own.twice[part] = twice;
+  return twice;
+}
+
+// A word has the counts of two keys.
+__device__ __forceinline__ int half_of(int key) { return (key & 1) * 16; }
+
+// Ranks in the order of pairs: a warp after the other, as this is rare.
+__device__ void rank_in_order(const int (&keys)[kMine], int (&rank)[kMine], u32* counts) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) {
+        const u32 same = __match_any_sync(0xffffffffu, keys[i]);
+        const int key = max(keys[i], 0), before = counts[key / 2] >> half_of(key) & 0xffff;
+        rank[i] = before + __popc(same & ((1u << lane) - 1));
+        __syncwarp();
+        // The word's other half may be another lane's.
+        if (keys[i] >= 0 && same >> lane == 1) {
+          atomicAdd(&counts[key / 2], __popc(same) << half_of(key));
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+__device__ void sort_own_part(const PrefillRouteParams& p, int part, OwnTables& tables, int* sums,
+                              int* up_first, int* down_first) {
+  const int tid = threadIdx.x, begin = part * p.part_pairs;
+  const int end = min(begin + p.part_pairs, p.pairs);
+  int keys[kMine], rank[kMine];  // a key: the expert, and two low bits: the class
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid;
+    keys[i] = pair < end ? expert_of(p, pair) : -1;
+  }
+  tables.mine[tid] = 0;
+  const bool twice = names_twice(p, part, begin, end, keys);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int token = (begin + i * kThreads + tid) / p.own.top_k;
+    if (keys[i] >= 0) keys[i] = keys[i] * kClasses + token % kClasses;
+  }
+  u32* counts = reinterpret_cast<u32*>(tables.mine);
+  if (twice) {
+    rank_in_order(keys, rank, counts);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int key = keys[i], half = half_of(key);
+      rank[i] = key >= 0 ? atomicAdd(&counts[key / 2], 1u << half) >> half & 0xffff : 0;
+    }
+  }
+  __syncthreads();
+  const u64 mine = tables.mine[tid];
+  __stcg(p.own.counts + part * kMaxExperts + tid, mine);
+  __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(sum_of(mine)));
+  exchange_counts(p);
+  tables.mine[tid] = sums_before(mine);
+  const int first_part = part / p.down.parts * p.down.parts;
+  const int last_part = min(first_part + p.down.parts, p.sorters);
+  u64 before = 0, all = 0;
+#pragma unroll 4
+  for (int i = first_part; i < last_part; ++i) {
+    const u64 n = __ldcg(p.own.counts + i * kMaxExperts + tid);
+    before += i < part ? n : 0;
+    all += n;
+  }
+  tables.before[tid] = before, tables.all[tid] = all;
+  up_first[tid] = place_part(p, p.up, part, sums).mine;
+  down_first[tid] = place_part(p, p.down, part, sums).all;
+  __syncthreads();
+  const u16* up_ranks = reinterpret_cast<const u16*>(tables.mine);
+  const u16* down_ranks = reinterpret_cast<const u16*>(tables.before);
+  const u64 up = list_begin(p, p.up, part), down = list_begin(p, p.down, part);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int pair = begin + i * kThreads + tid, key = keys[i], e = key / kClasses;
+    if (pair >= end) continue;
+    const float weight = p.own.weights[pair];
+    p.own.sizes[pair] = key >= 0 ? fabsf(weight) : 0.0f;
+    if (key < 0) continue;
+    const int up_row = up_first[e] + up_ranks[key] + rank[i];
+    const int column = column_for(tables.all[e], key % kClasses, down_ranks[key] + rank[i]);
+    const int at = down_first[e] + column;
+    p.up.columns[up + up_row] = pair;
+    p.own.columns[down + at] = Column{pair, weight};
+    p.own.rows[up + up_row] = q_row(down + at, column);
+  }
+}
