@@ -172,18 +172,20 @@ struct OwnBody {
       if (kEveryLane || lane == 0) barrier_arrive(s.tokens_empty(at));
       if (kEarly && another) load(number + kWgs);
       wait_turn();
-    } else if (count <= 8) {
-      run<8>(a, number, another, twice);
-    } else if (count <= 16) {
-      run<16>(a, number, another, twice);
-    } else if (count <= 24) {
-      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
-    } else if (count <= 32) {
+    } else if (count > 32) {  // most steps have 25 columns or more: few branches for them
+      if (count > 40) {
+        if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
+      } else {
+        if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
+      }
+    } else if (count > 24) {
       if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
-    } else if (count <= 40) {
-      if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
+    } else if (count > 16) {
+      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
+    } else if (count > 8) {
+      run<16>(a, number, another, twice);
     } else {
-      if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
+      run<8>(a, number, another, twice);
     }
     pass_turn();
     if (!kEarly && another) load(number + kWgs);
@@ -191,18 +193,28 @@ struct OwnBody {
 
   // The sums of a list's tokens to memory; they are zero after it.
   __device__ __forceinline__ void finish(const Job& job, u32 exponents) {
-    const int tid = threadIdx.x;
     named_sync(1, kConsumers);
     const int first = job.list * p.list_tokens;
-    const int count = max(0, min(p.list_tokens, p.tokens - first)) * 8;
-    constexpr int kAtOnce = 4;  // pieces of 8 outputs
-    for (int begin = tid; begin < count; begin += kAtOnce * kConsumers) {
+    const int count = max(0, min(p.list_tokens, p.tokens - first));
+    if constexpr (kLayoutTiles == 1) {
+      write_rows(job, first, count, exponents);
+    } else {
+      write_pieces(job, first, count, exponents);
+    }
+    named_sync(1, kConsumers);
+  }
+
+  // A token's 64 outputs are next to each other: eight lanes write them.
+  __device__ __forceinline__ void write_rows(const Job& job, int first, int count, u32 exponents) {
+    constexpr int kAtOnce = 4;
+    u16* out = p.out + static_cast<u64>(first) * p.weights.rows + job.tile * 64;
+    for (int begin = threadIdx.x; begin < count * 8; begin += kAtOnce * kConsumers) {
       uint4 v[kAtOnce];
       u32 exponent[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int i = begin + j * kConsumers, t = i >> 3;
-        if (i < count) {
+        if (i < count * 8) {
           v[j] = lds128((s.sums + sum_offset(t)) ^ ((i & 7) * 16));
           exponent[j] = load_exponent(exponents + t);
         }
@@ -210,30 +222,50 @@ struct OwnBody {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int i = begin + j * kConsumers, t = i >> 3;
-        if (i < count) {
+        if (i < count * 8) {
           sts128((s.sums + sum_offset(t)) ^ ((i & 7) * 16), make_uint4(0, 0, 0, 0));
-          store(job.tile, first + t, i & 7, v[j], p.factor * scaling_back(exponent[j]));
+          const float by = p.factor * scaling_back(exponent[j]);
+          *reinterpret_cast<uint4*>(out + static_cast<u64>(t) * p.weights.rows + (i & 7) * 8) =
+              make_uint4(scaled(v[j].x, by), scaled(v[j].y, by), scaled(v[j].z, by),
+                         scaled(v[j].w, by));
         }
       }
     }
-    named_sync(1, kConsumers);
   }
 
-  // Eight outputs of a token.
-  __device__ __forceinline__ void store(int tile, int token, int piece, uint4 v, float by) {
-    auto two = [&](u32 halves) { return pack_bf16(half_low(halves) * by, half_high(halves) * by); };
-    const u32 r[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
-    u16* out = p.out + static_cast<u64>(static_cast<u32>(token)) * static_cast<u32>(p.weights.rows);
-    if constexpr (kLayoutTiles == 1) {
-      *reinterpret_cast<uint4*>(out + tile * 64 + piece * 8) = make_uint4(r[0], r[1], r[2], r[3]);
-    } else {
-      // A warpgroup's row tiles interleave (hopper/layout.py, _row_order).
-      const int row = tile / kLayoutTiles * kLayoutTiles * 64 + tile % kLayoutTiles * 2;
+  // A warpgroup's row tiles interleave (hopper/layout.py, _row_order): of a token this tile has two
+  // outputs of 2 * kLayoutTiles at a time. A warp writes them all at once, so that no line of memory
+  // is written to more often than it must be.
+  __device__ __forceinline__ void write_pieces(const Job& job, int first, int count,
+                                               u32 exponents) {
+    constexpr int kAtOnce = 8, kWarps = kConsumers / 32;
+    u16* out = p.out + static_cast<u64>(first) * p.weights.rows +
+               job.tile / kLayoutTiles * kLayoutTiles * 64 + job.tile % kLayoutTiles * 2 +
+               lane * 2 * kLayoutTiles;
+    for (int begin = wg * 4 + warp; begin < count; begin += kAtOnce * kWarps) {
+      u32 v[kAtOnce], exponent[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int t = begin + j * kWarps;
+        if (t < count) {
+          v[j] = lds32((s.sums + sum_offset(t)) ^ (lane * 4));
+          exponent[j] = load_exponent(exponents + t);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int t = begin + j * kWarps;
+        if (t < count) {
+          sts32((s.sums + sum_offset(t)) ^ (lane * 4), 0);
+          *reinterpret_cast<u32*>(out + static_cast<u64>(t) * p.weights.rows) =
+              scaled(v[j], p.factor * scaling_back(exponent[j]));
+        }
       }
     }
+  }
+
+  __device__ __forceinline__ static u32 scaled(u32 halves, float by) {
+    return pack_bf16(half_low(halves) * by, half_high(halves) * by);
   }
 
   __device__ __forceinline__ void consume() {

@@ -74,6 +74,8 @@ OWN_MOST_COLUMNS = 48
 OWN_CLUSTERS = (2, 1)
 """CTAs of it that share weights, where there are as many lists. Measured on an H100: four are
 slower, as each waits for the slowest."""
+OWN_CLUSTER_K = 256
+"""Shortest K for which they do: with a shorter one there is little to share, and they wait as much."""
 OWN_SORTERS = 64
 """CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
 OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
@@ -276,7 +278,7 @@ def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | Non
     if most == 0:
         return None
     lists = -(-tokens // most)
-    cluster = _own_cluster(lists)
+    cluster = _own_cluster(lists) if shape.k >= OWN_CLUSTER_K else 1
     lists = -(-lists // cluster) * cluster
     fewest = _own_parts(layer, most)
     for split in (4, 2, 1):
