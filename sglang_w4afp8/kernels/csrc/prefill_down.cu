@@ -69,37 +69,56 @@ struct Finisher {
   const Ring& ring;
   const Tables& tables;
   const Slices& slices;
-  Reader reader;
 
-  __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
-  __device__ __forceinline__ int table() const { return table_of(reader.number); }
+  __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
   __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kFinishers - 1); }
 
+  // An item is added up after the next one's results are out of the way: by then tiles of the same
+  // time are through as well, and consumers do not wait for them.
   __device__ __forceinline__ void run() {
-    for (;;) {
-      if (reader.wait(queue, ring).kind == kEnd) return;
-      const u32 phase = phase_of(reader.number);
-      barrier_wait(tables.full(), phase);
-      barrier_wait(tables.written(), phase);
-      leave();
+    bool before = false;  // whether the last item is still to be added up
+    for (int n = 0;; ++n) {
+      const bool end = Reader{n}.wait(queue, ring).kind == kEnd;
+      // What the other finisher has written to y may be part of a sum.
+      if (n > 0) barrier_wait(tables.through(), phase_of(n - 1));
+      // Whoever waits for a part of y to be free must not be who others wait for there.
+      if (before && (end || item(n).slice > item(n - 1).slice + 1)) add_up(n - 1), before = false;
+      if (end) return;
+      barrier_wait(tables.full(), phase_of(n));
+      barrier_wait(tables.written(), phase_of(n));
+      leave(n);
       __syncwarp();
       if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.through());
-      // What the other finisher has written to y may be part of a sum.
-      barrier_wait(tables.through(), phase);
-      barrier_wait(tables.ready(), phase);
-      add_up();
-      reader.release(ring);
+      if (before) add_up(n - 1);
+      before = true;
     }
   }
 
+  // Until what tiles before this one have for y is there.
+  __device__ __forceinline__ void wait_tiles(int n) {
+    const int step = item(n).step, word = step / 32;
+    const u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+    bool all;
+    do {
+      all = true;
+      for (int w = threadIdx.x & 31; w <= word; w += 32) {
+        const u32 wanted = w < word ? 0xffffffffu : (1u << step % 32) - 1;
+        u32 seen;
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done + w) : "memory");
+        all = all && (seen & wanted) == wanted;
+      }
+    } while (!__all_sync(0xffffffffu, all));
+    __syncwarp();
+  }
+
   // Eight lanes a row: results of tokens' only rows to where they belong, others to y.
-  __device__ __forceinline__ void leave() {
+  __device__ __forceinline__ void leave(int n) {
     const int lane = threadIdx.x & 31, piece = lane & 7;
-    u8* y = slices.buffer(p.y, item().slice, item().block) + piece * 16;
-    const int count = item().count, block = item().block, tiles = row_tiles_of(p, block);
+    u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + piece * 16;
+    const int count = item(n).count, block = item(n).block, tiles = row_tiles_of(p, block);
 #pragma unroll 1
     for (int c = (lane >> 3) * kFinishers + which(); c < count; c += 4 * kFinishers) {
-      const uint4 owner = lds128(tables.owner(table(), c));
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
       const int slot = static_cast<int>(owner.w);
       uint4 v[kWgs];
 #pragma unroll
@@ -126,11 +145,11 @@ struct Finisher {
 
   // This warp's columns that are the last rows of their tokens, one after the other: eight lanes
   // for each row tile. What is to be added is asked for kCells contributions ahead.
-  __device__ __forceinline__ u32 last_rows(int half) const {
+  __device__ __forceinline__ u32 last_rows(int n, int half) const {
     const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kFinishers + which();
     int parts = 0;
-    if (c < item().count) {
-      const uint4 owner = lds128(tables.owner(table(), c));
+    if (c < item(n).count) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
       parts = static_cast<int>(owner.w) < 0 ? 0 : static_cast<int>(owner.z);
     }
     return __ballot_sync(0xffffffffu, parts > 0);
@@ -138,12 +157,17 @@ struct Finisher {
   __device__ __forceinline__ static int column_of(u64 found) {
     return (__ffsll(static_cast<long long>(found)) - 1) * kFinishers + which();
   }
-  __device__ __forceinline__ void add_up() {
+  __device__ __forceinline__ void add_up(int n) {
     static_assert(kTokens == 64 * kFinishers, "a bit for each column");
     const int lane = threadIdx.x & 31;
-    const u64 found = last_rows(0) | static_cast<u64>(last_rows(1)) << 32;
-    if (lane >= row_tiles_of(p, item().block) * 8) return;
-    const u8* y = slices.buffer(p.y, item().slice, item().block) + lane * 16;
+    wait_tiles(n);
+    const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
+    if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
+    Reader{n}.release(ring);
+  }
+  __device__ __forceinline__ void add_found(int n, u64 found) {
+    const int lane = threadIdx.x & 31;
+    const u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;
     const u32 cells = tables.cells + which() * (kCells * kRowBytes) + lane * 16;
     u64 coming = found;
     u32 at = 0, end = 0;  // of the parts of the column that is asked for
@@ -151,8 +175,8 @@ struct Finisher {
       if (at == end && coming != 0) {
         const int c = column_of(coming);
         coming &= coming - 1;
-        at = tables.part(table(), c);
-        end = at + lds32(tables.owner(table(), c) + 8) * static_cast<u32>(sizeof(Part));
+        at = tables.part(table_of(n), c);
+        end = at + lds32(tables.owner(table_of(n), c) + 8) * static_cast<u32>(sizeof(Part));
       }
       if (at != end) {
         async_copy16(cell, y + static_cast<u64>(lds32(at)) * kRowBytes);
@@ -166,8 +190,8 @@ struct Finisher {
 #pragma unroll 1
     for (u64 rest = found; rest != 0; rest &= rest - 1) {
       const int c = column_of(rest);
-      const u32 owner = tables.owner(table(), c);
-      u32 part = tables.part(table(), c);
+      const u32 owner = tables.owner(table_of(n), c);
+      u32 part = tables.part(table_of(n), c);
       const u32 last = part + lds32(owner + 8) * static_cast<u32>(sizeof(Part));
       float total[8] = {};
 #pragma unroll 1
@@ -177,7 +201,7 @@ struct Finisher {
         ask(cell);
         cell = cell + kRowBytes == cells + kCells * kRowBytes ? cells : cell + kRowBytes;
       }
-      store(static_cast<int>(lds32(owner)), item().block * kWgs + (lane >> 3), lane & 7, total);
+      store(static_cast<int>(lds32(owner)), item(n).block * kWgs + (lane >> 3), lane & 7, total);
     }
   }
 
@@ -230,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 1) {
       Clerk{p, slices, ring, tables}.run();
     } else {
-      Finisher{p, ring, tables, slices, Reader{}}.run();
+      Finisher{p, ring, tables, slices}.run();
     }
     return;
   }

@@ -12,6 +12,7 @@ constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
 constexpr int kTables = 2;  // of the item that is finished, and of the next
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
 constexpr int kFinishers = 2;
+constexpr int kAhead = 2;   // items that are known when one begins, besides it
 constexpr int kCells = 14;  // contributions that a finisher has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
@@ -103,12 +104,10 @@ struct Tables {
   __device__ __forceinline__ u32 full() const { return bars; }          // the table is there
   __device__ __forceinline__ u32 written() const { return bars + 8; }   // results are in `out`
   __device__ __forceinline__ u32 through() const { return bars + 16; }  // and where they belong
-  __device__ __forceinline__ u32 ready() const { return bars + 24; }    // what sums need is in y
   __device__ __forceinline__ void init() const {
     barrier_init(full(), 1);
     barrier_init(written(), kConsumers / 32 * kLanes);
     barrier_init(through(), kFinishers * kLanes);
-    barrier_init(ready(), kLanes);
     barrier_init_fence();
   }
 };
@@ -182,26 +181,29 @@ struct Clerk {
   __device__ __forceinline__ void run() {
     const Order order{p, slices};
     u32 next = lane() == 0 ? atomicAdd(p.claimed, 1u) : 0;
-    int items = 0x7fffff00;  // as long as the last one is not known
-    for (int i = 0; i < items + kQueue - 1; ++i) {
+    int posted = 0, items = 0x7fffffff;  // as long as the last one is not known
+    auto post = [&] {
+      if (posted > items) return;
       Item claimed{};
-      if (lane() == 0 && i <= items) {
+      if (lane() == 0) {
         const u32 number = next;
         next = atomicAdd(p.claimed, 1u);
         claimed = order.item(number);
       }
-      settle(i - kQueue + 1);
-      if (i <= items) {
-        if (lane() == 0) {
-          queue.item[i % kQueue] = claimed;
-          barrier_arrive(ring.queue_bars + i % kQueue * 16);
-        }
-        __syncwarp();
-        if (item(i).kind == kEnd) items = i;
+      settle(posted - kQueue + 1);
+      if (lane() == 0) {
+        queue.item[posted % kQueue] = claimed;
+        barrier_arrive(ring.queue_bars + posted % kQueue * 16);
       }
-      // What consumers and the ring may be at now has been claimed; this waits for consumers.
-      if (const int n = i - kQueue + 1; n >= 0 && n < items) publish(n);
-      if (const int n = i - kQueue + 2; n >= 0 && n < items) fetch(n);
+      __syncwarp();
+      if (item(posted).kind == kEnd) items = posted;
+      ++posted;
+    };
+    for (int i = 0; i < kAhead; ++i) post();
+    for (int n = 0; n < items; ++n) {
+      post();
+      fetch(n);
+      publish(n);
     }
     settle(items);
   }
@@ -219,42 +221,23 @@ struct Clerk {
     }
   }
 
-  // Says that the item's results are in memory, and when those of all tiles before it are. One must
-  // not wait for the other: tiles of the same time would be through one after the other.
+  // Says that the item's results are in memory.
   __device__ __forceinline__ void publish(int n) {
-    const int step = item(n).step, word = step / 32;
-    u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
-    bool ready = false, through = false;
-    while (!ready || !through) {
-      if (!ready) {
-        bool all = true;
-        for (int w = lane(); w <= word; w += 32) {
-          const u32 wanted = w < word ? 0xffffffffu : (1u << step % 32) - 1;
-          u32 seen;
-          asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done + w) : "memory");
-          all = all && (seen & wanted) == wanted;
-        }
-        ready = __all_sync(0xffffffffu, all);
-        __syncwarp();
-        if (ready && (kEveryLane || lane() == 0)) barrier_arrive(tables.ready());
-      }
-      if (!through) {
-        if (ready) barrier_wait(tables.through(), phase_of(n));
-        through = ready || __all_sync(0xffffffffu, barrier_test(tables.through(), phase_of(n)));
-        if (through && lane() == 0) {
-          asm volatile("fence.acq_rel.gpu;" ::: "memory");
-          asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + word),
-                       "r"(1u << step % 32)
-                       : "memory");
-        }
-      }
+    barrier_wait(tables.through(), phase_of(n));
+    if (lane() == 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      const int step = item(n).step;
+      u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+      asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + step / 32),
+                   "r"(1u << step % 32)
+                   : "memory");
     }
     __syncwarp();
   }
 
-  // An item's table, when its results may be written. The one that lay there was the last item's
-  // but one, which is settled.
+  // An item's table, when its results may be written, in place of the last item's but one.
   __device__ __forceinline__ void fetch(int n) {
+    settle(n - 1);
     wait_slice(n);
     if (lane() == 0) {
       constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
@@ -269,11 +252,12 @@ struct Clerk {
     __syncwarp();
   }
 
-  // Until all that have to do with the last slice but one are through, this CTA's items, too.
+  // Until all that have to do with the last slice but one are through. Of this CTA's items the one
+  // before may be of that slice, and has been added up then.
   __device__ __forceinline__ void wait_slice(int n) {
     const int slice = item(n).slice;
     if (slice < 2 || free_below > slice - 2) return;
-    settle(n);
+    if (n > 0 && item(n - 1).slice <= slice - 2) settle(n);
     const u32 target = slices.tiles * slices.blocks_of(slice - 2);
     u32 seen;
     do {

@@ -98,18 +98,6 @@ __device__ __forceinline__ bool barrier_try(u32 bar, u32 parity) {
       : "memory");
   return done != 0;
 }
-// The same, without a rest in between.
-__device__ __forceinline__ bool barrier_test(u32 bar, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-}
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   while (!barrier_try(bar, parity)) {
   }
