@@ -17,8 +17,6 @@
 // W4_PANEL of prefill_up.cu is this kernel's kPanel. W4_DYNAMIC: q has a scale for each pair.
 #include "prefill_tables.cuh"
 
-__shared__ float b_scales[kConsumers / 32];  // for each warp, as consumers have no register for it
-
 struct DownBody {
   const PrefillDownParams& p;
   const Ring& ring;
@@ -40,26 +38,20 @@ struct DownBody {
     float acc[kN / 2];
     multiply_one<kN>(acc, p.weights.k / kStageK, ring, place, false);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    const u32 out = tables.out + wg * kOutBytes;
+    // Row c of `out`: results of this column for the block's outputs.
+    const u32 mine = tables.out + wg * 128 + (thread >> 5) * 32 + (lane >> 2) * 4;
+    const int column = (lane & 3) * 2;
     wait_out();
-    if constexpr (kDynamic) barrier_wait(tables.full(), phase_of(place.number()));
-    // Row c of `out`: 64 outputs, 16-byte piece j at j ^ (c % 8).
-    const float b_scale = kDynamic ? 0.0f : b_scales[threadIdx.x >> 5];
-    const u32 mine = (thread >> 5) * 32 + (lane >> 2) * 4;
+    barrier_wait(tables.scaled(), phase_of(place.number()));
 #pragma unroll
     for (int a = 0; a < kN / 2; a += 4) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = a * 2 + (lane & 3) * 2 + e;
-        float scale = b_scale;
-        if constexpr (kDynamic) {
-          const int pair = static_cast<int>(lds32(tables.owner(table_of(place.number()), c) + 4));
-          scale = c < item().count ? p.b_scale[pair] * 512.0f : 0.0f;
-        }
-        sts32(out + c * 128 + (mine ^ ((c & 7) * 16)),
-              pack_bf16(acc[a + e] * scale, acc[a + e + 2] * scale));
-      }
+      const int c = a * 2 + column;
+      const uint2 scale = lds64(tables.scales + c * 4);
+      const float s0 = __uint_as_float(scale.x), s1 = __uint_as_float(scale.y);
+      sts32(mine + c * kOutStride, pack_bf16(acc[a] * s0, acc[a + 2] * s0));
+      sts32(mine + (c + 1) * kOutStride, pack_bf16(acc[a + 1] * s1, acc[a + 3] * s1));
     }
+    fence_async_proxy();  // copied from there
   }
 };
 
@@ -80,15 +72,13 @@ struct Finisher {
     for (int n = 0;; ++n) {
       const bool end = Reader{n}.wait(queue, ring).kind == kEnd;
       // What the other finisher has written to y may be part of a sum.
-      if (n > 0) barrier_wait(tables.through(), phase_of(n - 1));
+      if (n > 0) barrier_wait(tables.stored(), phase_of(n - 1));
       // Whoever waits for a part of y to be free must not be who others wait for there.
       if (before && (end || item(n).slice > item(n - 1).slice + 1)) add_up(n - 1), before = false;
       if (end) return;
       barrier_wait(tables.full(), phase_of(n));
       barrier_wait(tables.written(), phase_of(n));
       leave(n);
-      __syncwarp();
-      if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.through());
       if (before) add_up(n - 1);
       before = true;
     }
@@ -111,34 +101,48 @@ struct Finisher {
     __syncwarp();
   }
 
-  // Eight lanes a row: results of tokens' only rows to where they belong, others to y.
+  // Results of tokens' only rows to where they belong, others to y: a lane copies a column's.
   __device__ __forceinline__ void leave(int n) {
-    const int lane = threadIdx.x & 31, piece = lane & 7;
-    u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + piece * 16;
-    const int count = item(n).count, block = item(n).block, tiles = row_tiles_of(p, block);
-#pragma unroll 1
-    for (int c = (lane >> 3) * kFinishers + which(); c < count; c += 4 * kFinishers) {
+    const int block = item(n).block, count = item(n).count, tiles = row_tiles_of(p, block);
+    u8* y = slices.buffer(p.y, item(n).slice, block);
+    u8* out = reinterpret_cast<u8*>(p.out);
+#pragma unroll
+    for (int i = 0; i < kTokens / 32 / kFinishers; ++i) {
+      const int c = (i * kFinishers + which()) * 32 + static_cast<int>(threadIdx.x & 31);
+      if (c >= count) continue;
       const uint4 owner = lds128(tables.owner(table_of(n), c));
       const int slot = static_cast<int>(owner.w);
-      uint4 v[kWgs];
-#pragma unroll
-      for (int wg = 0; wg < kWgs; ++wg) {
-        v[wg] = lds128(tables.out + wg * kOutBytes + c * 128 + ((piece ^ (c & 7)) * 16));
-      }
+      const u32 from = tables.out + c * kOutStride;
       if (slot >= 0) {
-#pragma unroll
-        for (int wg = 0; wg < kWgs; ++wg) {
-          if (wg >= tiles) continue;
-          *reinterpret_cast<uint4*>(y + static_cast<u64>(slot) * kRowBytes + wg * 128) = v[wg];
-        }
-      } else {
-#pragma unroll
-        for (int wg = 0; wg < kWgs; ++wg) {
-          if (wg >= tiles) continue;
-          float total[8] = {};
-          sum(total, v[wg], __uint_as_float(owner.z));
-          store(static_cast<int>(owner.x), block * kWgs + wg, piece, total);
-        }
+        bulk_store(y + static_cast<u64>(slot) * kRowBytes, from, tiles * 128);
+      } else if constexpr (kLayoutTiles == 1) {
+        bulk_store(out + (static_cast<u64>(owner.x) * p.weights.rows + block * (kWgs * 64)) * 2, from,
+                   tiles * 128);
+      }
+    }
+    if constexpr (kLayoutTiles > 1) leave_pieces(n, tiles);
+    bulk_store_wait_read();
+    __syncwarp();
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.through());
+    bulk_store_wait();
+    __syncwarp();
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored());
+  }
+
+  // Tokens' only rows where outputs of row tiles interleave: the whole warp writes one after the
+  // other.
+  __device__ __forceinline__ void leave_pieces(int n, int tiles) {
+    const int count = item(n).count, first = item(n).block * kWgs;
+#pragma unroll 1
+    for (int c = which(); c < count; c += kFinishers) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      if (static_cast<int>(owner.w) >= 0) continue;
+      for (int wg = 0; wg < tiles; ++wg) {
+        const int lane = threadIdx.x & 31, tile = first + wg;
+        u16* out = p.out + static_cast<u64>(owner.x) * p.weights.rows;
+        *reinterpret_cast<u32*>(out + tile / kLayoutTiles * kLayoutTiles * 64 +
+                                tile % kLayoutTiles * 2 + lane * 2 * kLayoutTiles) =
+            lds32(tables.out + c * kOutStride + wg * 128 + lane * 4);
       }
     }
   }
@@ -252,15 +256,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     const Slices slices = Slices::of(p);
     if (warp == 1) {
-      Clerk{p, slices, ring, tables}.run();
+      Clerk{p, slices, ring, tables, kDynamic ? 0.0f : *p.b_scale}.run();
     } else {
       Finisher{p, ring, tables, slices}.run();
     }
     return;
   }
   take_registers<152>();
-  if (!kDynamic && (threadIdx.x & 31) == 0) b_scales[threadIdx.x >> 5] = *p.b_scale * 512.0f;
-  __syncwarp();
   DownBody body{p, ring, tables, CountingPlace{}};
   for (;;) {
     Reader reader{body.place.number()};

@@ -6,14 +6,17 @@
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
-constexpr int kOutBytes = kTokens * 128;  // of a warpgroup: 64 outputs of each token, BF16
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
 constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
 constexpr int kTables = 2;  // of the item that is finished, and of the next
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
+// Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
+// writes at once, 16 outputs of every other of eight columns, is in as many banks.
+constexpr int kOutStride = kRowBytes + 16;
+constexpr int kOutBytes = kTokens * kOutStride;
 constexpr int kFinishers = 2;
 constexpr int kAhead = 2;   // items that are known when one begins, besides it
-constexpr int kCells = 14;  // contributions that a finisher has asked for
+constexpr int kCells = 12;  // contributions that a finisher has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
 struct PrefillDownParams {
@@ -86,13 +89,14 @@ __shared__ Queue queue;
 // Shared memory behind the stages: results of the warpgroups, tables of items, what finishers have
 // asked for, and barriers whose n-th phase is that of the CTA's n-th item.
 struct Tables {
-  u32 out, tables, cells, bars;
+  u32 out, tables, cells, scales, bars;
   __device__ __forceinline__ static constexpr int bytes() {
-    return kWgs * kOutBytes + kTables * kTableBytes + kFinishers * kCells * kRowBytes + 128;
+    return kOutBytes + kTables * kTableBytes + kFinishers * kCells * kRowBytes + kTokens * 4 + 128;
   }
   __device__ __forceinline__ static Tables at(u32 begin) {
-    const u32 tables = begin + kWgs * kOutBytes, cells = tables + kTables * kTableBytes;
-    return Tables{begin, tables, cells, cells + kFinishers * kCells * kRowBytes};
+    const u32 tables = begin + kOutBytes, cells = tables + kTables * kTableBytes;
+    const u32 scales = cells + kFinishers * kCells * kRowBytes;
+    return Tables{begin, tables, cells, scales, scales + kTokens * 4};
   }
   __device__ __forceinline__ u32 owner(int i, int column) const {
     return tables + i * kTableBytes + column * static_cast<int>(sizeof(Owner));
@@ -102,12 +106,16 @@ struct Tables {
            column * (kMostParts * static_cast<int>(sizeof(Part)));
   }
   __device__ __forceinline__ u32 full() const { return bars; }          // the table is there
-  __device__ __forceinline__ u32 written() const { return bars + 8; }   // results are in `out`
-  __device__ __forceinline__ u32 through() const { return bars + 16; }  // and where they belong
+  __device__ __forceinline__ u32 scaled() const { return bars + 8; }    // and columns' scales
+  __device__ __forceinline__ u32 written() const { return bars + 16; }  // results are in `out`
+  __device__ __forceinline__ u32 through() const { return bars + 24; }  // and read from there
+  __device__ __forceinline__ u32 stored() const { return bars + 32; }   // and where they belong
   __device__ __forceinline__ void init() const {
     barrier_init(full(), 1);
+    barrier_init(scaled(), kLanes);
     barrier_init(written(), kConsumers / 32 * kLanes);
     barrier_init(through(), kFinishers * kLanes);
+    barrier_init(stored(), kFinishers * kLanes);
     barrier_init_fence();
   }
 };
@@ -172,6 +180,7 @@ struct Clerk {
   const Slices& slices;
   const Ring& ring;
   const Tables& tables;
+  float b_scale;       // static
   int settled = 0;     // of this CTA's items
   int free_below = 0;  // slices whose part of y may be written
 
@@ -203,6 +212,7 @@ struct Clerk {
     for (int n = 0; n < items; ++n) {
       post();
       fetch(n);
+      scale(n);
       publish(n);
     }
     settle(items);
@@ -223,7 +233,7 @@ struct Clerk {
 
   // Says that the item's results are in memory.
   __device__ __forceinline__ void publish(int n) {
-    barrier_wait(tables.through(), phase_of(n));
+    barrier_wait(tables.stored(), phase_of(n));
     if (lane() == 0) {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       const int step = item(n).step;
@@ -252,6 +262,24 @@ struct Clerk {
     __syncwarp();
   }
 
+  // What results of each column are multiplied with: that of a token's only row is its output.
+  __device__ __forceinline__ void scale(int n) {
+    barrier_wait(tables.full(), phase_of(n));
+    const int count = item(n).count;
+#pragma unroll
+    for (int c = lane(); c < kTokens; c += 32) {
+      float by = 0.0f;
+      if (c < count) {
+        const uint4 owner = lds128(tables.owner(table_of(n), c));
+        by = (kDynamic ? p.b_scale[owner.y] : b_scale) * 512.0f;
+        if (static_cast<int>(owner.w) < 0) by *= __uint_as_float(owner.z) * p.factor;
+      }
+      sts32(tables.scales + c * 4, __float_as_uint(by));
+    }
+    __syncwarp();
+    if (kEveryLane || lane() == 0) barrier_arrive(tables.scaled());
+  }
+
   // Until all that have to do with the last slice but one are through. Of this CTA's items the one
   // before may be of that slice, and has been added up then.
   __device__ __forceinline__ void wait_slice(int n) {
@@ -266,6 +294,8 @@ struct Clerk {
                    : "l"(p.left + slice - 2)
                    : "memory");
     } while (seen < target);
+    // What was read there by ordinary loads is written by copies next.
+    asm volatile("fence.proxy.async.global;" ::: "memory");
     free_below = slice - 1;
     __syncwarp();
   }
