@@ -49,7 +49,7 @@ def kernel_bytes(source: str, c: dict[str, Any], ring: int) -> tuple[int, int]:
     """Dynamic shared memory that ``make_ring`` lays out at the worst address, and static."""
     static = 32 * c["kQueue"]  # struct Item
     if source == "prefill_down.cu":
-        static += c_offsets(source, "Memory")[1] * c["kConsumers"] // 32
+        static += c["kConsumers"] // 32 * 4
     else:
         static += c["kWgs"] * (c["kGatherBytes"] + 4)
     more = {"Tables": SimpleNamespace(bytes=lambda: c_value(TABLE_BYTES, c))}
@@ -116,13 +116,15 @@ def test_kernels_agree_on_the_order_of_the_list(layer: Layer) -> None:
     # A token has no more rows than experts; bulk copies are of 16 bytes at 16 bytes.
     assert plan.most_parts >= layer.top_k and plan.most_parts * sizes[1] % 16 == 0
     assert c[1]["kTableBytes"] % 16 == c[1]["kOwnerBytes"] % 16 == 0
-    behind = c[1]["kWgs"] * c[1]["kOutBytes"] + c[1]["kTables"] * c[1]["kTableBytes"]
-    last = max(
-        c_value(c_find("prefill_tables.cuh", (f"u32 {name}(int i)",), "return"), scope)
-        for name in ("full", "ready", "empty")
-        for scope in ({"bars": behind, "i": i} for i in range(plan_prefill.TABLES))
-    )
-    assert last + 8 <= c_value(TABLE_BYTES, c[1])
+    asked = c[1]["kFinishers"] * c[1]["kCells"] * c[1]["kRowBytes"]
+    assert c[1]["kFinishers"] * c[1]["kCells"] == plan_prefill.FINISHERS * plan_prefill.CELLS
+    assert c[1]["kRowBytes"] == plan_prefill.BLOCK_BYTES
+    behind = c[1]["kWgs"] * c[1]["kOutBytes"] + c[1]["kTables"] * c[1]["kTableBytes"] + asked
+    bars = [
+        c_value(c_find("prefill_tables.cuh", (f"u32 {name}()",), "return"), {"bars": behind})
+        for name in ("full", "written", "through", "ready")
+    ]
+    assert len({*bars}) == 4 and max(bars) + 8 <= c_value(TABLE_BYTES, c[1])
 
 
 def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: int) -> None:

@@ -309,10 +309,11 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
 
 // acc = the row tile of this warpgroup times kN tokens, over all of K: what three warpgroups do, of
 // which two have work for the matrix unit while one scales, adds and decodes.
-template <int kN>
+template <int kN, class Way>
 __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
-                                             Place& from, bool gathered) {
-  Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
+                                             Way& from, bool gathered) {
+  Way place = from;
+  place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
   const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const u32 w_at = kWeightsAt + wg * kTileBytes + thread * 16;
   const u32 s_at = kScalesAt + wg * kTileScaleBytes + ((thread >> 5) * 8 + (lane >> 2)) * 4;
@@ -322,13 +323,13 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
   for (int i = 0; i < stages; ++i) {
     const u32 stage = ring.stage(place.slot);
     const u64 b = panel_descriptor(stage);
-    barrier_wait(ring.weights_full(place.slot), place.phase);
+    barrier_wait(ring.weights_full(place.slot), place.parity());
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       Fragment f;
       load_fragment(f, stage + w_at, stage + s_at, 0, group);
       if (group == 0) {
-        barrier_wait(ring.tokens_full(place.slot, 0), place.phase);
+        barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
         if (gathered) fence_async_proxy();  // then tokens were ordinary writes
       }
       float part[kN / 2];

@@ -2,9 +2,12 @@
 //
 // Rows of the list are (token, k) pairs sorted by expert. The result of a token's only row goes to
 // its place at once. Those of tokens with several rows go through `y`, and the CTA that has the
-// last of them adds up, in the order of k: results do not depend on timing. It does so while it
-// writes the results of its next item, when they have long been there, and asks for them before it
-// writes. With expert parallelism most tokens have one row or two, so little goes through memory.
+// last of them adds up, in the order of k: results do not depend on timing. With expert parallelism
+// most tokens have one row or two, so little goes through memory.
+//
+// Consumers leave an item's results in shared memory and go on to the next one. Two warps, the
+// finishers, bring them to where they belong and add up meanwhile. They use few registers: what
+// sums need comes to shared memory, where each lane reads what it has asked for itself.
 //
 // Items are claimed in order, and a tile waits for tiles with smaller numbers only, so that CTAs
 // need not all be resident. Outputs are cut into slices of `per_slice` blocks of 192, tiles run
@@ -14,230 +17,196 @@
 // W4_PANEL of prefill_up.cu is this kernel's kPanel. W4_DYNAMIC: q has a scale for each pair.
 #include "prefill_tables.cuh"
 
-// What a warp remembers between items, in shared memory, as registers are short: which outputs it
-// has still to add up, of the item before, and the slices whose part of y may be written.
-struct Memory {
-  int slice, block, count, free_below;  // slice: -1 where there is nothing
-};
-__shared__ Memory memories[kConsumers / 32];
-
 struct DownBody {
   const PrefillDownParams& p;
   const Ring& ring;
   const Tables& tables;
-  const Slices& slices;
-  Reader reader;
-  Place place;
+  CountingPlace place;
 
-  __device__ __forceinline__ static Memory& before() { return memories[threadIdx.x >> 5]; }
-  // A whole warp writes what a whole warp reads.
-  __device__ __forceinline__ static void remember(int slice, int block, int count) {
-    __syncwarp();
-    before().slice = slice, before().block = block, before().count = count;
-    __syncwarp();
-  }
-  __device__ __forceinline__ int table() const { return table_of(reader.number); }
-  __device__ __forceinline__ int table_before() const { return table_of(reader.number - 1); }
   // Read again after the loop over K.
-  __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
+  __device__ __forceinline__ const Item& item() const {
+    return queue.item[place.number() % kQueue];
+  }
+
+  // `out` is free when the item before is through.
+  __device__ __forceinline__ void wait_out() const {
+    barrier_wait(tables.through(), phase_of(place.number()) ^ 1);
+  }
 
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kN / 2];
     multiply_one<kN>(acc, p.weights.k / kStageK, ring, place, false);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-    const u32 out = tables.out + wg * kOutBytes;
-    barrier_wait(tables.full(table()), phase_of(reader.number));
-    // Row c of `out`: 64 outputs, 16-byte piece j at j ^ (c % 8).
-    const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
-    const u32 mine = (thread >> 5) * 32 + (lane >> 2) * 4;
+    // Row c of `out`: results of this column for the block's outputs.
+    const u32 mine = tables.out + wg * 128 + (thread >> 5) * 32 + (lane >> 2) * 4;
+    const int column = (lane & 3) * 2;
+    wait_out();
+    barrier_wait(tables.scaled(), phase_of(place.number()));
 #pragma unroll
     for (int a = 0; a < kN / 2; a += 4) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int c = a * 2 + (lane & 3) * 2 + e;
-        float scale = b_scale;
-        if constexpr (kDynamic) {
-          const int pair = static_cast<int>(lds32(tables.owner(table(), c) + 4));
-          scale = c < item().count ? p.b_scale[pair] * 512.0f : 0.0f;
-        }
-        sts32(out + c * 128 + (mine ^ ((c & 7) * 16)),
-              pack_bf16(acc[a + e] * scale, acc[a + e + 2] * scale));
-      }
+      const int c = a * 2 + column;
+      const uint2 scale = lds64(tables.scales + c * 4);
+      const float s0 = __uint_as_float(scale.x), s1 = __uint_as_float(scale.y);
+      sts32(mine + c * kOutStride, pack_bf16(acc[a] * s0, acc[a + 2] * s0));
+      sts32(mine + (c + 1) * kOutStride, pack_bf16(acc[a + 1] * s1, acc[a + 3] * s1));
+    }
+    fence_async_proxy();  // copied from there
+  }
+};
+
+// One of the two warps that finish items; each has every other column.
+struct Finisher {
+  const PrefillDownParams& p;
+  const Ring& ring;
+  const Tables& tables;
+  const Slices& slices;
+
+  __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
+  __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kFinishers - 1); }
+
+  // An item is added up after the next one's results are out of the way: by then tiles of the same
+  // time are through as well, and consumers do not wait for them.
+  __device__ __forceinline__ void run() {
+    bool before = false;  // whether the last item is still to be added up
+    for (int n = 0;; ++n) {
+      const bool end = Reader{n}.wait(queue, ring).kind == kEnd;
+      // What the other finisher has written to y may be part of a sum.
+      if (n > 0) barrier_wait(tables.stored(), phase_of(n - 1));
+      // Whoever waits for a part of y to be free must not be who others wait for there.
+      if (before && (end || item(n).slice > item(n - 1).slice + 1)) add_up(n - 1), before = false;
+      if (end) return;
+      barrier_wait(tables.full(), phase_of(n));
+      barrier_wait(tables.written(), phase_of(n));
+      leave(n);
+      if (before) add_up(n - 1);
+      before = true;
     }
   }
 
-  // What happens to the results: the same code for any number of columns, as instructions that are
-  // fetched once for each item are slow.
-  __device__ __forceinline__ void finish_item() {
-    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
-    const u32 out = tables.out + wg * kOutBytes;
-    const Coming coming = ask();
-    wait_slice();
-    named_sync(1 + wg, 128);
-    leave(out);
-    add_up(coming);
-    named_sync(1 + wg, 128);
-    if (thread == 0) {
-      asm volatile("fence.acq_rel.gpu;" ::: "memory");
-      add(p.done + static_cast<u64>(item().step) * slices.blocks + item().block);
-      if (before().slice >= 0 && slices.count() > 2) add(p.left + before().slice);
-    }
-    remember(item().slice, item().block, item().count);
-  }
-
-  // The sums of the item before, without waiting for the next one's results.
-  __device__ __forceinline__ void settle() {
-    if (uniform(before().slice) < 0) return;
-    add_up(ask());
-    named_sync(1 + (threadIdx.x >> 7), 128);
-    if ((threadIdx.x & 127) == 0 && slices.count() > 2) {
-      asm volatile("fence.acq_rel.gpu;" ::: "memory");
-      add(p.left + before().slice);
-    }
-    remember(-1, 0, 0);
-  }
-  // An item of which this warpgroup has no rows. It reads no table, and waits all the same: an early
-  // arrival could count for what the table held before.
-  __device__ __forceinline__ void skip() {
-    pass(p.weights.k / kStageK, ring, place);
-    barrier_wait(tables.ready(table()), phase_of(reader.number));
-    __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.empty(table()));
-  }
-
-  __device__ __forceinline__ static void add(u32* count) {
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
-  }
-
-  // Until all that have to do with the last slice but one are through.
-  __device__ __forceinline__ void wait_slice() {
-    const int slice = uniform(item().slice);
-    if (slice < 2 || uniform(before().free_below) > slice - 2) return;
-    const u32 target = slices.tiles * min(slices.blocks_of(slice - 2) * kWgs,
-                                          p.weights.rows / 64 -
-                                              (slice - 2) * slices.per_slice * kWgs);
-    u32 seen;
+  // Until what tiles before this one have for y is there.
+  __device__ __forceinline__ void wait_tiles(int n) {
+    const int step = item(n).step, word = step / 32;
+    const u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+    bool all;
     do {
-      asm volatile("ld.acquire.gpu.u32 %0, [%1];"
-                   : "=r"(seen)
-                   : "l"(p.left + slice - 2)
-                   : "memory");
-    } while (static_cast<u32>(uniform(seen)) < target);
-    __syncwarp();
-    before().free_below = slice - 1;
+      all = true;
+      for (int w = threadIdx.x & 31; w <= word; w += 32) {
+        const u32 wanted = w < word ? 0xffffffffu : (1u << step % 32) - 1;
+        u32 seen;
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done + w) : "memory");
+        all = all && (seen & wanted) == wanted;
+      }
+    } while (!__all_sync(0xffffffffu, all));
     __syncwarp();
   }
 
-  // Eight lanes a row: results of tokens' only rows to where they belong, others to y.
-  __device__ __forceinline__ void leave(u32 out) {
-    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, piece = thread & 7;
-    u8* y = slices.buffer(p.y, item().slice, item().block, wg) + piece * 16;
-    const int count = item().count, tile = item().block * kWgs + wg;
-#pragma unroll 4
-    for (int c = thread >> 3; c < count; c += 16) {
-      const uint4 owner = lds128(tables.owner(table(), c));
+  // Results of tokens' only rows to where they belong, others to y: a lane copies a column's.
+  __device__ __forceinline__ void leave(int n) {
+    const int block = item(n).block, count = item(n).count, tiles = row_tiles_of(p, block);
+    u8* y = slices.buffer(p.y, item(n).slice, block);
+    u8* out = reinterpret_cast<u8*>(p.out);
+#pragma unroll
+    for (int i = 0; i < kTokens / 32 / kFinishers; ++i) {
+      const int c = (i * kFinishers + which()) * 32 + static_cast<int>(threadIdx.x & 31);
+      if (c >= count) continue;
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
       const int slot = static_cast<int>(owner.w);
-      const uint4 v = lds128(out + c * 128 + ((piece ^ (c & 7)) * 16));
+      const u32 from = tables.out + c * kOutStride;
       if (slot >= 0) {
-        *reinterpret_cast<uint4*>(y + static_cast<u64>(slot) * 128) = v;
-      } else {
-        float total[8] = {};
-        sum(total, v, __uint_as_float(owner.z));
-        store(static_cast<int>(owner.x), tile, piece, total);
+        bulk_store(y + static_cast<u64>(slot) * kRowBytes, from, tiles * 128);
+      } else if constexpr (kLayoutTiles == 1) {
+        bulk_store(out + (static_cast<u64>(owner.x) * p.weights.rows + block * (kWgs * 64)) * 2, from,
+                   tiles * 128);
+      }
+    }
+    if constexpr (kLayoutTiles > 1) leave_pieces(n, tiles);
+    bulk_store_wait_read();
+    __syncwarp();
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.through());
+    bulk_store_wait();
+    __syncwarp();
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored());
+  }
+
+  // Tokens' only rows where outputs of row tiles interleave: the whole warp writes one after the
+  // other.
+  __device__ __forceinline__ void leave_pieces(int n, int tiles) {
+    const int count = item(n).count, first = item(n).block * kWgs;
+#pragma unroll 1
+    for (int c = which(); c < count; c += kFinishers) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      if (static_cast<int>(owner.w) >= 0) continue;
+      for (int wg = 0; wg < tiles; ++wg) {
+        const int lane = threadIdx.x & 31, tile = first + wg;
+        u16* out = p.out + static_cast<u64>(owner.x) * p.weights.rows;
+        *reinterpret_cast<u32*>(out + tile / kLayoutTiles * kLayoutTiles * 64 +
+                                tile % kLayoutTiles * 2 + lane * 2 * kLayoutTiles) =
+            lds32(tables.out + c * kOutStride + wg * 128 + lane * 4);
       }
     }
   }
 
-  // Columns of the item before that are the last rows of their tokens. A warp looks through 32, and
-  // eight lanes take one of those found. What the first of them need is asked for while registers
-  // of the sums are free for it, and arrives while other results are written.
-  static constexpr int kRounds = 2, kAtOnce = 4;
-  struct Coming {
-    u32 found;  // bits of the warp's columns
-    uint4 v[kRounds][kAtOnce];
-  };
-  __device__ __forceinline__ static int column_of(u32 found, int number) {
-    for (int j = 0; j < number; ++j) found &= found - 1;
-    return found != 0 ? static_cast<int>(threadIdx.x & 96) + __ffs(found) - 1 : -1;
-  }
-  __device__ __forceinline__ int parts_of(int column) const {
-    if (column < 0 || column >= before().count) return 0;
-    const uint4 owner = lds128(tables.owner(table_before(), column));
-    return static_cast<int>(owner.w) < 0 ? 0 : static_cast<int>(owner.z);
-  }
-  __device__ __forceinline__ const u8* parts_at() const {
-    return slices.buffer(p.y, before().slice, before().block, threadIdx.x >> 7) +
-           (threadIdx.x & 7) * 16;
-  }
-  __device__ __forceinline__ uint4 load_part(const u8* y, int column, int k, bool wanted) const {
-    u32 slot = 0;
-    if (wanted) slot = lds32(tables.part(table_before(), column) + k * 8);
-    return load_if(wanted, y + static_cast<u64>(slot) * 128);
-  }
-  __device__ __forceinline__ Coming ask() const {
-    Coming coming;
-    if (before().slice >= 0) {
-      barrier_wait(tables.ready(table_before()), phase_of(reader.number - 1));
+  // This warp's columns that are the last rows of their tokens, one after the other: eight lanes
+  // for each row tile. What is to be added is asked for kCells contributions ahead.
+  __device__ __forceinline__ u32 last_rows(int n, int half) const {
+    const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kFinishers + which();
+    int parts = 0;
+    if (c < item(n).count) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      parts = static_cast<int>(owner.w) < 0 ? 0 : static_cast<int>(owner.z);
     }
-    coming.found = __ballot_sync(0xffffffffu, parts_of(threadIdx.x & 127) > 0);
-    const u8* y = parts_at();
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int c = column_of(coming.found, r * 4 + ((threadIdx.x & 31) >> 3));
-      const int parts = parts_of(c);
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) coming.v[r][k] = load_part(y, c, k, k < parts);
-    }
-    return coming;
+    return __ballot_sync(0xffffffffu, parts > 0);
   }
-  // Then the item's table may be written again.
-  __device__ __forceinline__ void add_up(const Coming& coming) {
-    if (before().slice < 0) return;
-    const int number = (threadIdx.x & 31) >> 3;
-#pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-      const int c = column_of(coming.found, r * 4 + number);
-      if (c >= 0) add_one(c, coming.v[r], kAtOnce);
-    }
-    u32 rest = coming.found;
-    for (int j = 0; j < kRounds * 4; ++j) rest &= rest - 1;
-    while (rest != 0) {
-      const int c = column_of(rest, number);
-      if (c >= 0) add_one(c, coming.v[0], 0);
-      for (int j = 0; j < 4; ++j) rest &= rest - 1;
-    }
-    __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.empty(table_before()));
+  __device__ __forceinline__ static int column_of(u64 found) {
+    return (__ffsll(static_cast<long long>(found)) - 1) * kFinishers + which();
   }
-  // `asked`: of v.
-  __device__ __forceinline__ void add_one(int c, const uint4 (&v)[kAtOnce], int asked) {
-    const int parts = parts_of(c), piece = threadIdx.x & 7;
-    const u8* y = parts_at();
-    float total[8] = {};
-    auto one = [&](int k, uint4 value) {
-      sum(total, value, __uint_as_float(lds32(tables.part(table_before(), c) + k * 8 + 4)));
+  __device__ __forceinline__ void add_up(int n) {
+    static_assert(kTokens == 64 * kFinishers, "a bit for each column");
+    const int lane = threadIdx.x & 31;
+    wait_tiles(n);
+    const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
+    if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
+    Reader{n}.release(ring);
+  }
+  __device__ __forceinline__ void add_found(int n, u64 found) {
+    const int lane = threadIdx.x & 31;
+    const u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;
+    const u32 cells = tables.cells + which() * (kCells * kRowBytes) + lane * 16;
+    u64 coming = found;
+    u32 at = 0, end = 0;  // of the parts of the column that is asked for
+    auto ask = [&](u32 cell) {
+      if (at == end && coming != 0) {
+        const int c = column_of(coming);
+        coming &= coming - 1;
+        at = tables.part(table_of(n), c);
+        end = at + lds32(tables.owner(table_of(n), c) + 8) * static_cast<u32>(sizeof(Part));
+      }
+      if (at != end) {
+        async_copy16(cell, y + static_cast<u64>(lds32(at)) * kRowBytes);
+        at += static_cast<u32>(sizeof(Part));
+      }
+      async_copy_commit();
     };
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      if (k < parts && k < asked) one(k, v[k]);
+#pragma unroll 1
+    for (int i = 0; i < kCells; ++i) ask(cells + i * kRowBytes);
+    u32 cell = cells;
+#pragma unroll 1
+    for (u64 rest = found; rest != 0; rest &= rest - 1) {
+      const int c = column_of(rest);
+      const u32 owner = tables.owner(table_of(n), c);
+      u32 part = tables.part(table_of(n), c);
+      const u32 last = part + lds32(owner + 8) * static_cast<u32>(sizeof(Part));
+      float total[8] = {};
+#pragma unroll 1
+      for (; part != last; part += static_cast<u32>(sizeof(Part))) {
+        async_copy_wait<kCells - 1>();
+        sum(total, lds128(cell), __uint_as_float(lds32(part + 4)));
+        ask(cell);
+        cell = cell + kRowBytes == cells + kCells * kRowBytes ? cells : cell + kRowBytes;
+      }
+      store(static_cast<int>(lds32(owner)), item(n).block * kWgs + (lane >> 3), lane & 7, total);
     }
-    for (int k = asked; k < parts; ++k) one(k, load_part(y, c, k, true));
-    const int token = static_cast<int>(lds32(tables.owner(table_before(), c)));
-    store(token, before().block * kWgs + (threadIdx.x >> 7), piece, total);
-  }
-
-  // 16 bytes from L2, or zeros.
-  __device__ __forceinline__ static uint4 load_if(bool wanted, const u8* from) {
-    uint4 v;
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
-        "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
-        "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
-        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(from), "r"(static_cast<u32>(wanted))
-        : "memory");
-    return v;
   }
 
   __device__ __forceinline__ static void sum(float (&total)[8], uint4 v, float weight) {
@@ -273,53 +242,43 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_prefill_down(const __grid_constant__ PrefillDownParams p) {
   extern __shared__ __align__(128) u8 shared[];
   const Ring ring = make_ring(shared, p.ring, Tables::bytes());
-  const Tables tables{ring.end, ring.end + kWgs * kOutBytes,
-                      ring.end + kWgs * kOutBytes + kTables * kTableBytes};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kTables; ++i) {
-      barrier_init(tables.full(i), 1);
-      barrier_init(tables.ready(i), kLanes);
-      barrier_init(tables.empty(i), kConsumers / 32 * kLanes);
-    }
-    barrier_init_fence();
-  }
+  const Tables tables = Tables::at(ring.end);
+  if (threadIdx.x == 0) tables.init();
   __syncthreads();
   pdl_wait();
   pdl_trigger();
-  const Slices slices = Slices::of(p);
   if (threadIdx.x >= kConsumers) {
-    give_registers();
+    give_registers<56>();
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
-      produce_tiles(p.weights, queue, ring);
-    } else if (warp == 1) {
-      if ((threadIdx.x & 31) != 0) return;
-      const Order order{p, slices};
-      claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
-    } else if (warp == 2) {
-      produce_rows<false>(p.b, p.weights.k, p.b_rows, queue, ring);
+      produce_stages(p.weights, p.b, p.b_rows, queue, ring);
+      return;
+    }
+    const Slices slices = Slices::of(p);
+    if (warp == 1) {
+      Clerk{p, slices, ring, tables, kDynamic ? 0.0f : *p.b_scale}.run();
     } else {
-      produce_tables(p, queue, ring, tables);
+      Finisher{p, ring, tables, slices}.run();
     }
     return;
   }
-  take_registers();
-  memories[threadIdx.x >> 5] = Memory{-1, 0, 0, 0};
-  __syncwarp();
-  DownBody body{p, ring, tables, slices, Reader{}, Place{}};
+  take_registers<152>();
+  DownBody body{p, ring, tables, CountingPlace{}};
   for (;;) {
-    const Item& item = body.reader.wait(queue, ring);
+    Reader reader{body.place.number()};
+    const Item& item = reader.wait(queue, ring);
     if (uniform(item.kind) == kEnd) break;
-    const bool idle = (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
-    // Whoever is about to write to a slice's part of y must not be who others wait for there.
-    if (uniform(idle || item.slice > memories[threadIdx.x >> 5].slice + 1)) body.settle();
-    if (uniform(idle)) {
-      body.skip();
+    // A warpgroup without a row tile waits for `out` all the same: who arrives early could count
+    // for the item before.
+    if (uniform((item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows)) {
+      pass(p.weights.k / kStageK, ring, body.place);
+      body.wait_out();
     } else {
       with_columns(item.count, body);
-      body.finish_item();
     }
-    body.reader.release(ring);
+    __syncwarp();
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.written());
+    Reader{body.place.number()}.release(ring);
+    body.place.next_item();
   }
-  body.settle();
 }

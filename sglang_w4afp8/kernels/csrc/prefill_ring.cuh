@@ -93,6 +93,13 @@ struct Place {
   }
   // The slot before, so that a loop need not keep it.
   __device__ __forceinline__ int before(int size) const { return (slot == 0 ? size : slot) - 1; }
+  __device__ __forceinline__ u32 parity() const { return phase; }
+};
+// The same, and the number of the item in the other bits, where there is no register for it.
+struct CountingPlace : Place {
+  __device__ __forceinline__ u32 parity() const { return phase & 1; }
+  __device__ __forceinline__ int number() const { return static_cast<int>(phase >> 1); }
+  __device__ __forceinline__ void next_item() { phase += 2; }
 };
 
 // ---- claiming ------------------------------------------------------------------------------------
@@ -158,10 +165,11 @@ __device__ __forceinline__ void release_stage(u32 empty) {
 // Lets the stages of an item without tokens pass: the other CTA of the cluster has some. Waits for
 // this CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind
 // cannot tell the phases of its barriers apart any more.
-__device__ __forceinline__ void pass(int stages, const Ring& ring, Place& place) {
+template <class Way>
+__device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place) {
   for (int i = 0; i < stages; ++i) {
-    barrier_wait(ring.weights_full(place.slot), place.phase);
-    for (int h = 0; h < kHalves; ++h) barrier_wait(ring.tokens_full(place.slot, h), place.phase);
+    barrier_wait(ring.weights_full(place.slot), place.parity());
+    for (int h = 0; h < kHalves; ++h) barrier_wait(ring.tokens_full(place.slot, h), place.parity());
     release_stage(ring.empty(place.slot));
     place.advance(ring.size);
   }
@@ -193,10 +201,13 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
   return ring;
 }
 
-// The register file is the consumers'; producers have addresses only.
+// The register file is the consumers'; producers have addresses only. With four warps beside three
+// consumer warpgroups, 160 and 32 are as many as 152 and 56.
+template <int kRegisters = kWgs == 3 ? 160 : 232>
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 160 : 232));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+template <int kRegisters = kWgs == 3 ? 32 : 40>
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 32 : 40));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }

@@ -1,15 +1,22 @@
-// Of prefill_down.cu: its arguments, what is claimed, and the warp that says what an item's rows
-// are.
+// Of prefill_down.cu: its arguments, what is claimed, and two warps beside the matrix unit: one
+// fills the ring, and one claims items and does for them whatever other CTAs see or wait for.
 #pragma once
 #include "prefill.cuh"
 #include "prefill_lists.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
-constexpr int kOutBytes = kTokens * 128;  // of a warpgroup: 64 outputs of each token, BF16
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
 constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
-constexpr int kTables = 3;  // of the item before, of this one, of the next
+constexpr int kTables = 2;  // of the item that is finished, and of the next
+constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
+// Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
+// writes at once, 16 outputs of every other of eight columns, is in as many banks.
+constexpr int kOutStride = kRowBytes + 16;
+constexpr int kOutBytes = kTokens * kOutStride;
+constexpr int kFinishers = 2;
+constexpr int kAhead = 2;   // items that are known when one begins, besides it
+constexpr int kCells = 12;  // contributions that a finisher has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
 struct PrefillDownParams {
@@ -20,13 +27,12 @@ struct PrefillDownParams {
   const int* slots;       // (1) contributions that go through y
   const Owner* owners;    // (b_rows)
   const Part* parts;      // (b_rows, kMostParts)
-  const int* part_tiles;  // (b_rows, kMostParts)
   const float* b_scale;   // static: (1); dynamic: (M * top_k)
-  u8* y;                  // two slices of (per_slice, 3, slots, 128 bytes)
+  u8* y;                  // two slices of (per_slice, slots, kRowBytes)
   u16* out;               // (M, rows) bfloat16; tokens without a row are not written
   u32* claimed;           // zero before
-  u32* done;              // (max_tiles, blocks) warpgroups that have written to y; zero before
-  u32* left;              // (slices) items' warpgroups that need y no more; zero before
+  u32* done;              // (blocks, tiles / 32) bits: what a tile has for y is there; zero before
+  u32* left;              // (slices) items that need y no more; zero before
   u64 y_bytes;            // at least two blocks for all slots
   float factor;
   int b_rows, ring;
@@ -38,7 +44,7 @@ struct Slices {
 
   __device__ __forceinline__ static Slices of(const PrefillDownParams& p) {
     const int blocks = (p.weights.rows / 64 + kWgs - 1) / kWgs, slots = *p.slots;
-    const u64 block_bytes = max(static_cast<u64>(slots), 1ull) * (kWgs * 128);
+    const u64 block_bytes = max(static_cast<u64>(slots), 1ull) * kRowBytes;
     int most = blocks;
     if (block_bytes * blocks > p.y_bytes) most = static_cast<int>(p.y_bytes / (2 * block_bytes));
     const int slices = (blocks + most - 1) / most;
@@ -48,10 +54,10 @@ struct Slices {
   __device__ __forceinline__ int blocks_of(int slice) const {
     return min(per_slice, blocks - slice * per_slice);
   }
-  // Contributions of a row tile: 128 bytes for each slot.
-  __device__ __forceinline__ u8* buffer(u8* y, int slice, int block, int wg) const {
-    const u64 at = (slice % 2 * per_slice + block - slice * per_slice) * kWgs + wg;
-    return y + at * (static_cast<u64>(slots) * 128);
+  // Contributions to a block: kRowBytes for each slot.
+  __device__ __forceinline__ u8* buffer(u8* y, int slice, int block) const {
+    const u64 at = slice % 2 * per_slice + block - slice * per_slice;
+    return y + at * (static_cast<u64>(slots) * kRowBytes);
   }
 };
 __device__ __forceinline__ int row_tiles_of(const PrefillDownParams& p, int block) {
@@ -80,11 +86,17 @@ struct Order {
 
 __shared__ Queue queue;
 
-// Shared memory behind the stages: results of each warpgroup, tables of items, their barriers.
+// Shared memory behind the stages: results of the warpgroups, tables of items, what finishers have
+// asked for, and barriers whose n-th phase is that of the CTA's n-th item.
 struct Tables {
-  u32 out, tables, bars;
+  u32 out, tables, cells, scales, bars;
   __device__ __forceinline__ static constexpr int bytes() {
-    return kWgs * kOutBytes + kTables * kTableBytes + 128;
+    return kOutBytes + kTables * kTableBytes + kFinishers * kCells * kRowBytes + kTokens * 4 + 128;
+  }
+  __device__ __forceinline__ static Tables at(u32 begin) {
+    const u32 tables = begin + kOutBytes, cells = tables + kTables * kTableBytes;
+    const u32 scales = cells + kFinishers * kCells * kRowBytes;
+    return Tables{begin, tables, cells, scales, scales + kTokens * 4};
   }
   __device__ __forceinline__ u32 owner(int i, int column) const {
     return tables + i * kTableBytes + column * static_cast<int>(sizeof(Owner));
@@ -93,52 +105,198 @@ struct Tables {
     return tables + i * kTableBytes + kOwnerBytes +
            column * (kMostParts * static_cast<int>(sizeof(Part)));
   }
-  __device__ __forceinline__ u32 full(int i) const { return bars + i * 24; }
-  __device__ __forceinline__ u32 ready(int i) const { return bars + i * 24 + 8; }
-  __device__ __forceinline__ u32 empty(int i) const { return bars + i * 24 + 16; }
+  __device__ __forceinline__ u32 full() const { return bars; }          // the table is there
+  __device__ __forceinline__ u32 scaled() const { return bars + 8; }    // and columns' scales
+  __device__ __forceinline__ u32 written() const { return bars + 16; }  // results are in `out`
+  __device__ __forceinline__ u32 through() const { return bars + 24; }  // and read from there
+  __device__ __forceinline__ u32 stored() const { return bars + 32; }   // and where they belong
+  __device__ __forceinline__ void init() const {
+    barrier_init(full(), 1);
+    barrier_init(scaled(), kLanes);
+    barrier_init(written(), kConsumers / 32 * kLanes);
+    barrier_init(through(), kFinishers * kLanes);
+    barrier_init(stored(), kFinishers * kLanes);
+    barrier_init_fence();
+  }
 };
-// Those of a CTA's n-th item, and the parity of their barriers.
+// Those of a CTA's n-th item, and the parity of its barriers.
 __device__ __forceinline__ int table_of(int n) { return n % kTables; }
-__device__ __forceinline__ u32 phase_of(int n) { return n / kTables & 1; }
+__device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
 
-// One warp: tables of an item, and whether what they refer to is there.
-__device__ __forceinline__ void produce_tables(const PrefillDownParams& p, const Queue& queue,
-                                               const Ring& ring, const Tables& tables) {
-  const int lane = threadIdx.x & 31;
-  const int blocks = (p.weights.rows / 64 + kWgs - 1) / kWgs;
+// ---- the ring ------------------------------------------------------------------------------------
+// One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
+// for rows of tokens in the order of the list, one for each panel of a stage.
+__device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, int rows,
+                                               const Queue& queue, const Ring& ring) {
+  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kStageK;
+  constexpr int kBlockTiles = 2 * kLayoutTiles, kPanels = kStageK / kPanel;
+  const bool is_scale = lane >= kRowTiles, is_token = lane >= 2 * kRowTiles;
+  const int mine = is_token ? lane - 2 * kRowTiles : is_scale ? lane - kRowTiles : lane;
+  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
+  const u32 tile_bytes = is_scale ? kTileScaleBytes : kTileBytes;
+  const u32 to = is_token ? mine * (kTokens * kPanel)
+                          : (is_scale ? kScalesAt : kWeightsAt) + mine * tile_bytes;
   Reader reader;
-  for (int n = 0;; ++n) {
+  Place place;
+  for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
-    const int i = table_of(n);
-    barrier_wait(tables.empty(i), phase_of(n) ^ 1);
-    const u64 first = item.first;
-    if (lane == 0) {
-      constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
-      const int owner_bytes = item.count * static_cast<int>(sizeof(Owner));
-      barrier_expect(tables.full(i), owner_bytes + item.count * kPartBytes);
-      bulk_copy(tables.owner(i, 0), p.owners + first, owner_bytes, tables.full(i));
-      bulk_copy(tables.part(i, 0), p.parts + first * kMostParts, item.count * kPartBytes,
-                tables.full(i));
+    const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
+    const int tile = item.block * kRowTiles + mine;
+    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
+    const u8* from;
+    u32 bytes, next, next_cut;  // from one stage of the layout to the next, and from cut to cut
+    bool here;
+    if (is_token) {
+      from = b + (static_cast<u64>(mine) * rows + item.first) * kPanel;
+      bytes = item.count * kPanel, next = next_cut = rows * kStageK;
+      here = mine < kPanels;
+    } else {
+      from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
+             static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
+             tile % kBlockTiles * (kCuts * tile_bytes);
+      bytes = next_cut = tile_bytes, next = (beside * kCuts - kCuts + 1) * tile_bytes;
+      here = mine < row_tiles;
     }
-    __syncwarp();
-    barrier_wait(tables.full(i), phase_of(n));
-    const u32 target = row_tiles_of(p, item.block);
-    for (int c = lane; c < item.count; c += 32) {
-      const uint4 owner = lds128(tables.owner(i, c));
-      const int parts = static_cast<int>(owner.w) < 0 ? 0 : static_cast<int>(owner.z);
-      for (int k = 0; k < parts; ++k) {
-        const int tile = p.part_tiles[(first + c) * kMostParts + k];
-        // A warpgroup reads of its own tile what it has written itself.
-        if (tile == item.step) continue;
-        const u32* done = p.done + static_cast<u64>(tile) * blocks + item.block;
-        u32 seen;
-        do {
-          asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
-        } while (seen < target);
-      }
+    for (int step = 0; step < stages; ++step) {
+      const u32 weights = ring.weights_full(place.slot), tokens = ring.tokens_full(place.slot, 0);
+      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
+      if (lane == 0) barrier_expect(weights, row_tiles * (kTileBytes + kTileScaleBytes));
+      if (lane == 1) barrier_expect_all(tokens, item.count * kStageK, kTokenArrivals);
+      __syncwarp();
+      if (here) bulk_copy(ring.stage(place.slot) + to, from, bytes, is_token ? tokens : weights);
+      from += step % kCuts == kCuts - 1 ? next : next_cut;
+      place.advance(ring.size);
     }
-    __syncwarp();
-    if (kEveryLane || lane == 0) barrier_arrive(tables.ready(i));
   }
 }
+
+// ---- claims, tables, flags -----------------------------------------------------------------------
+// One warp. What it waits for are this CTA's items in their order, of which none needs what comes
+// after it here, and what other CTAs do for items with smaller numbers. So the item with the
+// smallest number of those that are not finished can always be, and nobody waits for ever.
+struct Clerk {
+  const PrefillDownParams& p;
+  const Slices& slices;
+  const Ring& ring;
+  const Tables& tables;
+  float b_scale;       // static
+  int settled = 0;     // of this CTA's items
+  int free_below = 0;  // slices whose part of y may be written
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
+  __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
+
+  __device__ __forceinline__ void run() {
+    const Order order{p, slices};
+    u32 next = lane() == 0 ? atomicAdd(p.claimed, 1u) : 0;
+    int posted = 0, items = 0x7fffffff;  // as long as the last one is not known
+    auto post = [&] {
+      if (posted > items) return;
+      Item claimed{};
+      if (lane() == 0) {
+        const u32 number = next;
+        next = atomicAdd(p.claimed, 1u);
+        claimed = order.item(number);
+      }
+      settle(posted - kQueue + 1);
+      if (lane() == 0) {
+        queue.item[posted % kQueue] = claimed;
+        barrier_arrive(ring.queue_bars + posted % kQueue * 16);
+      }
+      __syncwarp();
+      if (item(posted).kind == kEnd) items = posted;
+      ++posted;
+    };
+    for (int i = 0; i < kAhead; ++i) post();
+    for (int n = 0; n < items; ++n) {
+      post();
+      fetch(n);
+      scale(n);
+      publish(n);
+    }
+    settle(items);
+  }
+
+  // Until all are through with the first `count` items, and no longer need their part of y.
+  __device__ __forceinline__ void settle(int count) {
+    for (; settled < count; ++settled) {
+      barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1);
+      if (lane() == 0 && slices.count() > 2) {
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item(settled).slice)
+                     : "memory");
+      }
+      __syncwarp();
+    }
+  }
+
+  // Says that the item's results are in memory.
+  __device__ __forceinline__ void publish(int n) {
+    barrier_wait(tables.stored(), phase_of(n));
+    if (lane() == 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      const int step = item(n).step;
+      u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+      asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + step / 32),
+                   "r"(1u << step % 32)
+                   : "memory");
+    }
+    __syncwarp();
+  }
+
+  // An item's table, when its results may be written, in place of the last item's but one.
+  __device__ __forceinline__ void fetch(int n) {
+    settle(n - 1);
+    wait_slice(n);
+    if (lane() == 0) {
+      constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
+      const int count = item(n).count, i = table_of(n);
+      const u64 first = item(n).first;
+      const int owner_bytes = count * static_cast<int>(sizeof(Owner));
+      barrier_expect(tables.full(), owner_bytes + count * kPartBytes);
+      bulk_copy(tables.owner(i, 0), p.owners + first, owner_bytes, tables.full());
+      bulk_copy(tables.part(i, 0), p.parts + first * kMostParts, count * kPartBytes,
+                tables.full());
+    }
+    __syncwarp();
+  }
+
+  // What results of each column are multiplied with: that of a token's only row is its output.
+  __device__ __forceinline__ void scale(int n) {
+    barrier_wait(tables.full(), phase_of(n));
+    const int count = item(n).count;
+#pragma unroll
+    for (int c = lane(); c < kTokens; c += 32) {
+      float by = 0.0f;
+      if (c < count) {
+        const uint4 owner = lds128(tables.owner(table_of(n), c));
+        by = (kDynamic ? p.b_scale[owner.y] : b_scale) * 512.0f;
+        if (static_cast<int>(owner.w) < 0) by *= __uint_as_float(owner.z) * p.factor;
+      }
+      sts32(tables.scales + c * 4, __float_as_uint(by));
+    }
+    __syncwarp();
+    if (kEveryLane || lane() == 0) barrier_arrive(tables.scaled());
+  }
+
+  // Until all that have to do with the last slice but one are through. Of this CTA's items the one
+  // before may be of that slice, and has been added up then.
+  __device__ __forceinline__ void wait_slice(int n) {
+    const int slice = item(n).slice;
+    if (slice < 2 || free_below > slice - 2) return;
+    if (n > 0 && item(n - 1).slice <= slice - 2) settle(n);
+    const u32 target = slices.tiles * slices.blocks_of(slice - 2);
+    u32 seen;
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(p.left + slice - 2)
+                   : "memory");
+    } while (seen < target);
+    // What was read there by ordinary loads is written by copies next.
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+    free_below = slice - 1;
+    __syncwarp();
+  }
+};

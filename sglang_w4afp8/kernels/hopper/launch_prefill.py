@@ -10,6 +10,7 @@ from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import (
+    DONE_TILES,
     OWNER_BYTES,
     PART_BYTES,
     SORTED_WARPGROUPS,
@@ -84,9 +85,9 @@ class _DownParams(ctypes.Structure):
 
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("slots", _P),
-        ("owners", _P), ("parts", _P), ("part_tiles", _P), ("b_scale", _P), ("y", _P),
-        ("out", _P), ("claimed", _P), ("done", _P), ("left", _P), ("y_bytes", ctypes.c_uint64),
-        ("factor", _F), ("b_rows", _I), ("ring", _I),
+        ("owners", _P), ("parts", _P), ("b_scale", _P), ("y", _P), ("out", _P), ("claimed", _P),
+        ("done", _P), ("left", _P), ("y_bytes", ctypes.c_uint64), ("factor", _F),
+        ("b_rows", _I), ("ring", _I),
     )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def launches_prefill(
     tiles = plan.up.count * plan.up.max_tiles
     blocks = -(-layer.hidden // (SORTED_WARPGROUPS * ROW_TILE))
     # Claims of two kernels; of down: tiles that are in memory, slices that are left
-    done, left = 2, 2 + (0 if own else tiles * blocks)
+    done, left = 2, 2 + (0 if own else -(-tiles // DONE_TILES) * blocks)
     finished = left + (0 if own else blocks)
     zeros = finished + (tiles if dynamic else 0)
     parts = 0 if own else pairs * plan.most_parts
@@ -200,7 +201,7 @@ def launches_prefill(
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(
         w2, at["q"], at["tiles"], at["header"], at["total"] + 4, at["owners"], at["parts"],
-        at["part tiles"], q_scale, at["y"], out.data_ptr(), claimed + 4, claimed + 4 * done,
-        claimed + 4 * left, plan.slice_bytes, factor, q_rows, down.ring,
+        q_scale, at["y"], out.data_ptr(), claimed + 4, claimed + 4 * done, claimed + 4 * left,
+        plan.slice_bytes, factor, q_rows, down.ring,
     )  # fmt: skip
     return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]

@@ -49,7 +49,12 @@ SLICE_BYTES = 128 * 2**20
 BLOCK_BYTES = SORTED_WARPGROUPS * 128
 """Contributions of a pair to a block."""
 OWNER_BYTES, PART_BYTES = 16, 8
-TABLES = 3
+TABLES = 2
+FINISHERS, CELLS = 2, 12
+"""Warps of down that add up, and the contributions that each has asked for: they come to shared
+memory."""
+DONE_TILES = 32
+"""Tiles of which a word says whether their contributions to a block are there."""
 BLOCK_ROWS = 64
 """Rows of x in the order of the list lie in blocks of so many."""
 UP_LIST_PAIRS = 131_072
@@ -213,8 +218,10 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     """Gate and up, or down, on tokens in the order of the list."""
     shape = layer.up if up else layer.down
     stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
-    tables = TABLES * TILE_TOKENS * (OWNER_BYTES + most_parts * PART_BYTES) + 128
-    behind = 0 if up else SORTED_WARPGROUPS * TILE_TOKENS * 128 + tables
+    tables = TABLES * TILE_TOKENS * (OWNER_BYTES + most_parts * PART_BYTES)
+    asked = FINISHERS * CELLS * BLOCK_BYTES
+    out = TILE_TOKENS * (BLOCK_BYTES + 16 + 4)
+    behind = 0 if up else out + tables + asked + 128
     static = (SORTED_WARPGROUPS * TILE_TOKENS * (32 + 16) if up else 0) + 1024
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
     ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, CTA_SHARED_BYTES - static - fixed)
