@@ -55,7 +55,7 @@ struct DownBody {
   }
 };
 
-// One of the two warps that finish items; each has every other column.
+// One of the two warps that add up; each has every other column.
 struct Finisher {
   const PrefillDownParams& p;
   const Ring& ring;
@@ -65,22 +65,14 @@ struct Finisher {
   __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
   __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kFinishers - 1); }
 
-  // An item is added up after the next one's results are out of the way: by then tiles of the same
-  // time are through as well, and consumers do not wait for them.
   __device__ __forceinline__ void run() {
-    bool before = false;  // whether the last item is still to be added up
     for (int n = 0;; ++n) {
-      const bool end = Reader{n}.wait(queue, ring).kind == kEnd;
-      // What the other finisher has written to y may be part of a sum.
-      if (n > 0) barrier_wait(tables.stored(), phase_of(n - 1));
-      // Whoever waits for a part of y to be free must not be who others wait for there.
-      if (before && (end || item(n).slice > item(n - 1).slice + 1)) add_up(n - 1), before = false;
-      if (end) return;
-      barrier_wait(tables.full(), phase_of(n));
-      barrier_wait(tables.written(), phase_of(n));
-      leave(n);
-      if (before) add_up(n - 1);
-      before = true;
+      if (Reader{n}.wait(queue, ring).kind == kEnd) return;
+      barrier_wait(tables.full(n), table_phase(n));
+      barrier_wait(tables.stored(n), table_phase(n));
+      wait_tiles(n);
+      add_up(n);
+      Reader{n}.release(ring);
     }
   }
 
@@ -101,52 +93,6 @@ struct Finisher {
     __syncwarp();
   }
 
-  // Results of tokens' only rows to where they belong, others to y: a lane copies a column's.
-  __device__ __forceinline__ void leave(int n) {
-    const int block = item(n).block, count = item(n).count, tiles = row_tiles_of(p, block);
-    u8* y = slices.buffer(p.y, item(n).slice, block);
-    u8* out = reinterpret_cast<u8*>(p.out);
-#pragma unroll
-    for (int i = 0; i < kTokens / 32 / kFinishers; ++i) {
-      const int c = (i * kFinishers + which()) * 32 + static_cast<int>(threadIdx.x & 31);
-      if (c >= count) continue;
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      const int slot = static_cast<int>(owner.w);
-      const u32 from = tables.out + c * kOutStride;
-      if (slot >= 0) {
-        bulk_store(y + static_cast<u64>(slot) * kRowBytes, from, tiles * 128);
-      } else if constexpr (kLayoutTiles == 1) {
-        bulk_store(out + (static_cast<u64>(owner.x) * p.weights.rows + block * (kWgs * 64)) * 2, from,
-                   tiles * 128);
-      }
-    }
-    if constexpr (kLayoutTiles > 1) leave_pieces(n, tiles);
-    bulk_store_wait_read();
-    __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.through());
-    bulk_store_wait();
-    __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored());
-  }
-
-  // Tokens' only rows where outputs of row tiles interleave: the whole warp writes one after the
-  // other.
-  __device__ __forceinline__ void leave_pieces(int n, int tiles) {
-    const int count = item(n).count, first = item(n).block * kWgs;
-#pragma unroll 1
-    for (int c = which(); c < count; c += kFinishers) {
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      if (static_cast<int>(owner.w) >= 0) continue;
-      for (int wg = 0; wg < tiles; ++wg) {
-        const int lane = threadIdx.x & 31, tile = first + wg;
-        u16* out = p.out + static_cast<u64>(owner.x) * p.weights.rows;
-        *reinterpret_cast<u32*>(out + tile / kLayoutTiles * kLayoutTiles * 64 +
-                                tile % kLayoutTiles * 2 + lane * 2 * kLayoutTiles) =
-            lds32(tables.out + c * kOutStride + wg * 128 + lane * 4);
-      }
-    }
-  }
-
   // This warp's columns that are the last rows of their tokens, one after the other: eight lanes
   // for each row tile. What is to be added is asked for kCells contributions ahead.
   __device__ __forceinline__ u32 last_rows(int n, int half) const {
@@ -164,10 +110,8 @@ struct Finisher {
   __device__ __forceinline__ void add_up(int n) {
     static_assert(kTokens == 64 * kFinishers, "a bit for each column");
     const int lane = threadIdx.x & 31;
-    wait_tiles(n);
     const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
     if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
-    Reader{n}.release(ring);
   }
   __device__ __forceinline__ void add_found(int n, u64 found) {
     const int lane = threadIdx.x & 31;

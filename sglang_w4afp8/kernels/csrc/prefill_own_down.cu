@@ -172,20 +172,18 @@ struct OwnBody {
       if (kEveryLane || lane == 0) barrier_arrive(s.tokens_empty(at));
       if (kEarly && another) load(number + kWgs);
       wait_turn();
-    } else if (count > 32) {  // most steps have 25 columns or more: few branches for them
-      if (count > 40) {
-        if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
-      } else {
-        if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
-      }
-    } else if (count > 24) {
-      if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
-    } else if (count > 16) {
-      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
-    } else if (count > 8) {
-      run<16>(a, number, another, twice);
-    } else {
+    } else if (count <= 8) {
       run<8>(a, number, another, twice);
+    } else if (count <= 16) {
+      run<16>(a, number, another, twice);
+    } else if (count <= 24) {
+      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
+    } else if (count <= 32) {
+      if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
+    } else if (count <= 40) {
+      if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
+    } else {
+      if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
     }
     pass_turn();
     if (!kEarly && another) load(number + kWgs);
@@ -197,24 +195,23 @@ struct OwnBody {
     const int first = job.list * p.list_tokens;
     const int count = max(0, min(p.list_tokens, p.tokens - first));
     if constexpr (kLayoutTiles == 1) {
-      write_rows(job, first, count, exponents);
+      write_rows(job, first, count * 8, exponents);
     } else {
       write_pieces(job, first, count, exponents);
     }
     named_sync(1, kConsumers);
   }
 
-  // A token's 64 outputs are next to each other: eight lanes write them.
-  __device__ __forceinline__ void write_rows(const Job& job, int first, int count, u32 exponents) {
+  // A token's 64 outputs are next to each other: `pieces` of 8.
+  __device__ __forceinline__ void write_rows(const Job& job, int first, int pieces, u32 exponents) {
     constexpr int kAtOnce = 4;
-    u16* out = p.out + static_cast<u64>(first) * p.weights.rows + job.tile * 64;
-    for (int begin = threadIdx.x; begin < count * 8; begin += kAtOnce * kConsumers) {
+    for (int begin = threadIdx.x; begin < pieces; begin += kAtOnce * kConsumers) {
       uint4 v[kAtOnce];
       u32 exponent[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int i = begin + j * kConsumers, t = i >> 3;
-        if (i < count * 8) {
+        if (i < pieces) {
           v[j] = lds128((s.sums + sum_offset(t)) ^ ((i & 7) * 16));
           exponent[j] = load_exponent(exponents + t);
         }
@@ -222,10 +219,12 @@ struct OwnBody {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
         const int i = begin + j * kConsumers, t = i >> 3;
-        if (i < count * 8) {
+        if (i < pieces) {
           sts128((s.sums + sum_offset(t)) ^ ((i & 7) * 16), make_uint4(0, 0, 0, 0));
           const float by = p.factor * scaling_back(exponent[j]);
-          *reinterpret_cast<uint4*>(out + static_cast<u64>(t) * p.weights.rows + (i & 7) * 8) =
+          u16* out = p.out + static_cast<u64>(static_cast<u32>(first + t)) *
+                                 static_cast<u32>(p.weights.rows);
+          *reinterpret_cast<uint4*>(out + job.tile * 64 + (i & 7) * 8) =
               make_uint4(scaled(v[j].x, by), scaled(v[j].y, by), scaled(v[j].z, by),
                          scaled(v[j].w, by));
         }

@@ -1,6 +1,12 @@
 // Of prefill_down.cu: its arguments, what is claimed, and two warps beside the matrix unit: one
 // fills the ring, and one claims items and does for them whatever other CTAs see or wait for.
 #pragma once
+#ifndef W4_CELLS
+#define W4_CELLS 12
+#endif
+#ifndef W4_TABLES
+#define W4_TABLES 2
+#endif
 #include "prefill.cuh"
 #include "prefill_lists.cuh"
 
@@ -8,15 +14,15 @@ constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
 constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
-constexpr int kTables = 2;  // of the item that is finished, and of the next
+constexpr int kTables = W4_TABLES;  // of the item that is finished, and of the next
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
 // Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
 // writes at once, 16 outputs of every other of eight columns, is in as many banks.
 constexpr int kOutStride = kRowBytes + 16;
 constexpr int kOutBytes = kTokens * kOutStride;
 constexpr int kFinishers = 2;
-constexpr int kAhead = 2;   // items that are known when one begins, besides it
-constexpr int kCells = 12;  // contributions that a finisher has asked for
+constexpr int kAhead = 1;   // items that are known before the first one begins
+constexpr int kCells = W4_CELLS;  // contributions that a finisher has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
 struct PrefillDownParams {
@@ -86,6 +92,11 @@ struct Order {
 
 __shared__ Queue queue;
 
+// Of a CTA's n-th item.
+__device__ __forceinline__ int table_of(int n) { return n % kTables; }
+__device__ __forceinline__ u32 table_phase(int n) { return n / kTables & 1; }
+__device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
+
 // Shared memory behind the stages: results of the warpgroups, tables of items, what finishers have
 // asked for, and barriers whose n-th phase is that of the CTA's n-th item.
 struct Tables {
@@ -105,24 +116,23 @@ struct Tables {
     return tables + i * kTableBytes + kOwnerBytes +
            column * (kMostParts * static_cast<int>(sizeof(Part)));
   }
-  __device__ __forceinline__ u32 full() const { return bars; }          // the table is there
-  __device__ __forceinline__ u32 scaled() const { return bars + 8; }    // and columns' scales
-  __device__ __forceinline__ u32 written() const { return bars + 16; }  // results are in `out`
-  __device__ __forceinline__ u32 through() const { return bars + 24; }  // and read from there
-  __device__ __forceinline__ u32 stored() const { return bars + 32; }   // and where they belong
+  __device__ __forceinline__ u32 scaled() const { return bars; }        // columns' scales are there
+  __device__ __forceinline__ u32 written() const { return bars + 8; }   // results are in `out`
+  __device__ __forceinline__ u32 through() const { return bars + 16; }  // and read from there
+  // Of tables, as those who add up may fall behind: the n-th item's is there, its results in memory.
+  __device__ __forceinline__ u32 full(int n) const { return bars + 24 + table_of(n) * 16; }
+  __device__ __forceinline__ u32 stored(int n) const { return bars + 32 + table_of(n) * 16; }
   __device__ __forceinline__ void init() const {
-    barrier_init(full(), 1);
     barrier_init(scaled(), kLanes);
     barrier_init(written(), kConsumers / 32 * kLanes);
-    barrier_init(through(), kFinishers * kLanes);
-    barrier_init(stored(), kFinishers * kLanes);
+    barrier_init(through(), kLanes);
+    for (int i = 0; i < kTables; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(stored(i), kLanes);
+    }
     barrier_init_fence();
   }
 };
-// Those of a CTA's n-th item, and the parity of its barriers.
-__device__ __forceinline__ int table_of(int n) { return n % kTables; }
-__device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
-
 // ---- the ring ------------------------------------------------------------------------------------
 // One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
 // for rows of tokens in the order of the list, one for each panel of a stage.
@@ -213,7 +223,7 @@ struct Clerk {
       post();
       fetch(n);
       scale(n);
-      publish(n);
+      leave(n);
     }
     settle(items);
   }
@@ -231,13 +241,36 @@ struct Clerk {
     }
   }
 
-  // Says that the item's results are in memory.
-  __device__ __forceinline__ void publish(int n) {
-    barrier_wait(tables.stored(), phase_of(n));
+  // Results of tokens' only rows to where they belong, others to y: a lane copies a column's.
+  __device__ __forceinline__ void leave(int n) {
+    barrier_wait(tables.written(), phase_of(n));
+    const int block = item(n).block, count = item(n).count, tiles = row_tiles_of(p, block);
+    u8* y = slices.buffer(p.y, item(n).slice, block);
+    u8* out = reinterpret_cast<u8*>(p.out);
+#pragma unroll
+    for (int c = lane(); c < kTokens; c += 32) {
+      if (c >= count) continue;
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      const int slot = static_cast<int>(owner.w);
+      const u32 from = tables.out + c * kOutStride;
+      if (slot >= 0) {
+        bulk_store(y + static_cast<u64>(slot) * kRowBytes, from, tiles * 128);
+      } else if constexpr (kLayoutTiles == 1) {
+        bulk_store(out + (static_cast<u64>(owner.x) * p.weights.rows + block * (kWgs * 64)) * 2, from,
+                   tiles * 128);
+      }
+    }
+    if constexpr (kLayoutTiles > 1) leave_pieces(n, tiles);
+    bulk_store_wait_read();
+    __syncwarp();
+    if (kEveryLane || lane() == 0) barrier_arrive(tables.through());
+    bulk_store_wait();
+    __syncwarp();
+    if (kEveryLane || lane() == 0) barrier_arrive(tables.stored(n));
     if (lane() == 0) {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       const int step = item(n).step;
-      u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+      u32* done = p.done + block * ((slices.tiles + 31) / 32);
       asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + step / 32),
                    "r"(1u << step % 32)
                    : "memory");
@@ -245,26 +278,44 @@ struct Clerk {
     __syncwarp();
   }
 
-  // An item's table, when its results may be written, in place of the last item's but one.
+  // Tokens' only rows where outputs of row tiles interleave: the whole warp writes one after the
+  // other.
+  __device__ __forceinline__ void leave_pieces(int n, int tiles) {
+    const int count = item(n).count, first = item(n).block * kWgs;
+#pragma unroll 1
+    for (int c = 0; c < count; ++c) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      if (static_cast<int>(owner.w) >= 0) continue;
+      for (int wg = 0; wg < tiles; ++wg) {
+        const int tile = first + wg;
+        u16* out = p.out + static_cast<u64>(owner.x) * p.weights.rows;
+        *reinterpret_cast<u32*>(out + tile / kLayoutTiles * kLayoutTiles * 64 +
+                                tile % kLayoutTiles * 2 + lane() * 2 * kLayoutTiles) =
+            lds32(tables.out + c * kOutStride + wg * 128 + lane() * 4);
+      }
+    }
+  }
+
+  // An item's table, when its results may be written, in place of one of an item added up.
   __device__ __forceinline__ void fetch(int n) {
-    settle(n - 1);
+    settle(n - kTables + 1);
     wait_slice(n);
     if (lane() == 0) {
       constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
       const int count = item(n).count, i = table_of(n);
       const u64 first = item(n).first;
       const int owner_bytes = count * static_cast<int>(sizeof(Owner));
-      barrier_expect(tables.full(), owner_bytes + count * kPartBytes);
-      bulk_copy(tables.owner(i, 0), p.owners + first, owner_bytes, tables.full());
+      barrier_expect(tables.full(n), owner_bytes + count * kPartBytes);
+      bulk_copy(tables.owner(i, 0), p.owners + first, owner_bytes, tables.full(n));
       bulk_copy(tables.part(i, 0), p.parts + first * kMostParts, count * kPartBytes,
-                tables.full());
+                tables.full(n));
     }
     __syncwarp();
   }
 
   // What results of each column are multiplied with: that of a token's only row is its output.
   __device__ __forceinline__ void scale(int n) {
-    barrier_wait(tables.full(), phase_of(n));
+    barrier_wait(tables.full(n), table_phase(n));
     const int count = item(n).count;
 #pragma unroll
     for (int c = lane(); c < kTokens; c += 32) {
@@ -280,12 +331,13 @@ struct Clerk {
     if (kEveryLane || lane() == 0) barrier_arrive(tables.scaled());
   }
 
-  // Until all that have to do with the last slice but one are through. Of this CTA's items the one
-  // before may be of that slice, and has been added up then.
+  // Until all that have to do with the last slice but one are through, this CTA's items, too.
   __device__ __forceinline__ void wait_slice(int n) {
     const int slice = item(n).slice;
     if (slice < 2 || free_below > slice - 2) return;
-    if (n > 0 && item(n - 1).slice <= slice - 2) settle(n);
+    int last = n;
+    while (last > settled && item(last - 1).slice > slice - 2) --last;
+    settle(last);
     const u32 target = slices.tiles * slices.blocks_of(slice - 2);
     u32 seen;
     do {

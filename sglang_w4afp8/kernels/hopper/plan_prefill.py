@@ -229,7 +229,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     if up:
         more += (("W4_PANEL", _panel(layer.down.stage_k)), ("W4_SORTED", 1))
     else:
-        more += (("W4_PARTS", most_parts),)
+        more += (("W4_PARTS", most_parts), ("W4_CELLS", CELLS), ("W4_TABLES", TABLES))
     kernel = Kernel(
         "prefill_up.cu" if up else "prefill_down.cu",
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
