@@ -113,43 +113,52 @@ struct Finisher {
     const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
     if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
   }
+  // Contributions in pairs, as most sums have two.
   __device__ __forceinline__ void add_found(int n, u64 found) {
     const int lane = threadIdx.x & 31;
     const u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;
+    constexpr int kPairs = kCells / 2, kPartBytes = sizeof(Part);
     const u32 cells = tables.cells + which() * (kCells * kRowBytes) + lane * 16;
     u64 coming = found;
     u32 at = 0, end = 0;  // of the parts of the column that is asked for
     auto ask = [&](u32 cell) {
-      if (at == end && coming != 0) {
+      if (at >= end && coming != 0) {
         const int c = column_of(coming);
         coming &= coming - 1;
         at = tables.part(table_of(n), c);
-        end = at + lds32(tables.owner(table_of(n), c) + 8) * static_cast<u32>(sizeof(Part));
+        end = at + lds32(tables.owner(table_of(n), c) + 8) * kPartBytes;
       }
-      if (at != end) {
-        async_copy16(cell, y + static_cast<u64>(lds32(at)) * kRowBytes);
-        at += static_cast<u32>(sizeof(Part));
+      if (at < end) {
+        const uint4 two = lds128(at);
+        async_copy16(cell, y + static_cast<u64>(two.x) * kRowBytes);
+        if (at + kPartBytes < end) {
+          async_copy16(cell + kRowBytes, y + static_cast<u64>(two.z) * kRowBytes);
+        }
+        at += 2 * kPartBytes;
       }
       async_copy_commit();
     };
 #pragma unroll 1
-    for (int i = 0; i < kCells; ++i) ask(cells + i * kRowBytes);
+    for (int i = 0; i < kPairs; ++i) ask(cells + i * (2 * kRowBytes));
     u32 cell = cells;
 #pragma unroll 1
     for (u64 rest = found; rest != 0; rest &= rest - 1) {
       const int c = column_of(rest);
-      const u32 owner = tables.owner(table_of(n), c);
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
       u32 part = tables.part(table_of(n), c);
-      const u32 last = part + lds32(owner + 8) * static_cast<u32>(sizeof(Part));
+      const u32 last = part + owner.z * kPartBytes;
       float total[8] = {};
 #pragma unroll 1
-      for (; part != last; part += static_cast<u32>(sizeof(Part))) {
-        async_copy_wait<kCells - 1>();
-        sum(total, lds128(cell), __uint_as_float(lds32(part + 4)));
+      for (; part < last; part += 2 * kPartBytes) {
+        async_copy_wait<kPairs - 1>();
+        const uint4 two = lds128(part), v0 = lds128(cell), v1 = lds128(cell + kRowBytes);
+        sum(total, v0, __uint_as_float(two.y));
+        if (part + kPartBytes < last) sum(total, v1, __uint_as_float(two.w));
         ask(cell);
-        cell = cell + kRowBytes == cells + kCells * kRowBytes ? cells : cell + kRowBytes;
+        cell += 2 * kRowBytes;
+        if (cell == cells + kCells * kRowBytes) cell = cells;
       }
-      store(static_cast<int>(lds32(owner)), item(n).block * kWgs + (lane >> 3), lane & 7, total);
+      store(static_cast<int>(owner.x), item(n).block * kWgs + (lane >> 3), lane & 7, total);
     }
   }
 
