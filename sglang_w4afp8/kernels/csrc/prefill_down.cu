@@ -17,6 +17,22 @@
 // W4_PANEL of prefill_up.cu is this kernel's kPanel. W4_DYNAMIC: q has a scale for each pair.
 #include "prefill_tables.cuh"
 
+// Eight outputs of a token, at their rows (hopper/layout.py, _row_order).
+__device__ __forceinline__ void store(const PrefillDownParams& p, int token, int tile, int piece,
+                                      uint4 v) {
+  u16* out = p.out + static_cast<u64>(static_cast<u32>(token)) * static_cast<u32>(p.weights.rows);
+  if constexpr (kLayoutTiles == 1) {
+    *reinterpret_cast<uint4*>(out + tile * 64 + piece * 8) = v;
+  } else {
+    const int row = tile / kLayoutTiles * kLayoutTiles * 64 + tile % kLayoutTiles * 2;
+    const u32 r[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
+    }
+  }
+}
+
 struct DownBody {
   const PrefillDownParams& p;
   const Ring& ring;
@@ -28,11 +44,6 @@ struct DownBody {
     return queue.item[place.number() % kQueue];
   }
 
-  // `out` is free when the item before is through.
-  __device__ __forceinline__ void wait_out() const {
-    barrier_wait(tables.through(), phase_of(place.number()) ^ 1);
-  }
-
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kN / 2];
@@ -41,8 +52,8 @@ struct DownBody {
     // Row c of `out`: results of this column for the block's outputs.
     const u32 mine = tables.out + wg * 128 + (thread >> 5) * 32 + (lane >> 2) * 4;
     const int column = (lane & 3) * 2;
-    wait_out();
     barrier_wait(tables.scaled(), phase_of(place.number()));
+    named_sync(1 + wg, 128);  // the last item's are read
 #pragma unroll
     for (int a = 0; a < kN / 2; a += 4) {
       const int c = a * 2 + column;
@@ -51,7 +62,27 @@ struct DownBody {
       sts32(mine + c * kOutStride, pack_bf16(acc[a] * s0, acc[a + 2] * s0));
       sts32(mine + (c + 1) * kOutStride, pack_bf16(acc[a + 1] * s1, acc[a + 3] * s1));
     }
-    fence_async_proxy();  // copied from there
+  }
+
+  // Results of tokens' only rows to where they belong, others to y: eight lanes a row, and the same
+  // code for any number of columns.
+  __device__ __forceinline__ void leave(const Slices& slices) {
+    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, piece = thread & 7;
+    named_sync(1 + wg, 128);
+    const int n = place.number(), count = item().count, tile = item().block * kWgs + wg;
+    const u32 from = tables.out + wg * 128 + piece * 16;
+    u8* y = slices.buffer(p.y, item().slice, item().block) + wg * 128 + piece * 16;
+#pragma unroll 4
+    for (int c = thread >> 3; c < count; c += 16) {
+      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      const uint4 v = lds128(from + c * kOutStride);
+      const int slot = static_cast<int>(owner.w);
+      if (slot >= 0) {
+        *reinterpret_cast<uint4*>(y + static_cast<u64>(slot) * kRowBytes) = v;
+      } else {
+        store(p, static_cast<int>(owner.x), tile, piece, v);
+      }
+    }
   }
 };
 
@@ -158,7 +189,13 @@ struct Finisher {
         cell += 2 * kRowBytes;
         if (cell == cells + kCells * kRowBytes) cell = cells;
       }
-      store(static_cast<int>(owner.x), item(n).block * kWgs + (lane >> 3), lane & 7, total);
+      u32 r[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        r[j] = pack_bf16(p.factor * total[2 * j], p.factor * total[2 * j + 1]);
+      }
+      store(p, static_cast<int>(owner.x), item(n).block * kWgs + (lane >> 3), lane & 7,
+            make_uint4(r[0], r[1], r[2], r[3]));
     }
   }
 
@@ -168,25 +205,6 @@ struct Finisher {
     for (int e = 0; e < 4; ++e) {
       total[2 * e] += weight * bf16_low(w[e]);
       total[2 * e + 1] += weight * bf16_high(w[e]);
-    }
-  }
-
-  // Eight outputs of a token, at their rows (hopper/layout.py, _row_order).
-  __device__ __forceinline__ void store(int token, int tile, int piece, const float (&total)[8]) {
-    u32 r[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      r[j] = pack_bf16(p.factor * total[2 * j], p.factor * total[2 * j + 1]);
-    }
-    u16* out = p.out + static_cast<u64>(token) * p.weights.rows;
-    if constexpr (kLayoutTiles == 1) {
-      *reinterpret_cast<uint4*>(out + tile * 64 + piece * 8) = make_uint4(r[0], r[1], r[2], r[3]);
-    } else {
-      const int row = tile / kLayoutTiles * kLayoutTiles * 64 + tile % kLayoutTiles * 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        *reinterpret_cast<u32*>(out + row + (piece * 4 + j) * 2 * kLayoutTiles) = r[j];
-      }
     }
   }
 };
@@ -200,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   pdl_wait();
   pdl_trigger();
+  const Slices slices = Slices::of(p);
   if (threadIdx.x >= kConsumers) {
     give_registers<56>();
     const int warp = (threadIdx.x - kConsumers) >> 5;
@@ -207,7 +226,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       produce_stages(p.weights, p.b, p.b_rows, queue, ring);
       return;
     }
-    const Slices slices = Slices::of(p);
     if (warp == 1) {
       Clerk{p, slices, ring, tables, kDynamic ? 0.0f : *p.b_scale}.run();
     } else {
@@ -221,16 +239,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     Reader reader{body.place.number()};
     const Item& item = reader.wait(queue, ring);
     if (uniform(item.kind) == kEnd) break;
-    // A warpgroup without a row tile waits for `out` all the same: who arrives early could count
-    // for the item before.
+    // A warpgroup without a row tile waits for the item's scales all the same: who arrives early
+    // could count for the item before.
     if (uniform((item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows)) {
       pass(p.weights.k / kStageK, ring, body.place);
-      body.wait_out();
+      barrier_wait(tables.scaled(), phase_of(body.place.number()));
     } else {
       with_columns(item.count, body);
+      body.leave(slices);
     }
     __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.written());
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored(body.place.number()));
     Reader{body.place.number()}.release(ring);
     body.place.next_item();
   }

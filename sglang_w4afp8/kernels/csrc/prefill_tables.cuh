@@ -116,19 +116,15 @@ struct Tables {
     return tables + i * kTableBytes + kOwnerBytes +
            column * (kMostParts * static_cast<int>(sizeof(Part)));
   }
-  __device__ __forceinline__ u32 scaled() const { return bars; }        // columns' scales are there
-  __device__ __forceinline__ u32 written() const { return bars + 8; }   // results are in `out`
-  __device__ __forceinline__ u32 through() const { return bars + 16; }  // and read from there
+  __device__ __forceinline__ u32 scaled() const { return bars; }  // columns' scales are there
   // Of tables, as those who add up may fall behind: the n-th item's is there, its results in memory.
-  __device__ __forceinline__ u32 full(int n) const { return bars + 24 + table_of(n) * 16; }
-  __device__ __forceinline__ u32 stored(int n) const { return bars + 32 + table_of(n) * 16; }
+  __device__ __forceinline__ u32 full(int n) const { return bars + 8 + table_of(n) * 16; }
+  __device__ __forceinline__ u32 stored(int n) const { return bars + 16 + table_of(n) * 16; }
   __device__ __forceinline__ void init() const {
     barrier_init(scaled(), kLanes);
-    barrier_init(written(), kConsumers / 32 * kLanes);
-    barrier_init(through(), kLanes);
     for (int i = 0; i < kTables; ++i) {
       barrier_init(full(i), 1);
-      barrier_init(stored(i), kLanes);
+      barrier_init(stored(i), kConsumers / 32 * kLanes);
     }
     barrier_init_fence();
   }
@@ -223,7 +219,7 @@ struct Clerk {
       post();
       fetch(n);
       scale(n);
-      leave(n);
+      publish(n);
     }
     settle(items);
   }
@@ -241,59 +237,18 @@ struct Clerk {
     }
   }
 
-  // Results of tokens' only rows to where they belong, others to y: a lane copies a column's.
-  __device__ __forceinline__ void leave(int n) {
-    barrier_wait(tables.written(), phase_of(n));
-    const int block = item(n).block, count = item(n).count, tiles = row_tiles_of(p, block);
-    u8* y = slices.buffer(p.y, item(n).slice, block);
-    u8* out = reinterpret_cast<u8*>(p.out);
-#pragma unroll
-    for (int c = lane(); c < kTokens; c += 32) {
-      if (c >= count) continue;
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      const int slot = static_cast<int>(owner.w);
-      const u32 from = tables.out + c * kOutStride;
-      if (slot >= 0) {
-        bulk_store(y + static_cast<u64>(slot) * kRowBytes, from, tiles * 128);
-      } else if constexpr (kLayoutTiles == 1) {
-        bulk_store(out + (static_cast<u64>(owner.x) * p.weights.rows + block * (kWgs * 64)) * 2, from,
-                   tiles * 128);
-      }
-    }
-    if constexpr (kLayoutTiles > 1) leave_pieces(n, tiles);
-    bulk_store_wait_read();
-    __syncwarp();
-    if (kEveryLane || lane() == 0) barrier_arrive(tables.through());
-    bulk_store_wait();
-    __syncwarp();
-    if (kEveryLane || lane() == 0) barrier_arrive(tables.stored(n));
+  // Says that the item's results are in memory.
+  __device__ __forceinline__ void publish(int n) {
+    barrier_wait(tables.stored(n), table_phase(n));
     if (lane() == 0) {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       const int step = item(n).step;
-      u32* done = p.done + block * ((slices.tiles + 31) / 32);
+      u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
       asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + step / 32),
                    "r"(1u << step % 32)
                    : "memory");
     }
     __syncwarp();
-  }
-
-  // Tokens' only rows where outputs of row tiles interleave: the whole warp writes one after the
-  // other.
-  __device__ __forceinline__ void leave_pieces(int n, int tiles) {
-    const int count = item(n).count, first = item(n).block * kWgs;
-#pragma unroll 1
-    for (int c = 0; c < count; ++c) {
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      if (static_cast<int>(owner.w) >= 0) continue;
-      for (int wg = 0; wg < tiles; ++wg) {
-        const int tile = first + wg;
-        u16* out = p.out + static_cast<u64>(owner.x) * p.weights.rows;
-        *reinterpret_cast<u32*>(out + tile / kLayoutTiles * kLayoutTiles * 64 +
-                                tile % kLayoutTiles * 2 + lane() * 2 * kLayoutTiles) =
-            lds32(tables.out + c * kOutStride + wg * 128 + lane() * 4);
-      }
-    }
   }
 
   // An item's table, when its results may be written, in place of one of an item added up.
@@ -346,8 +301,6 @@ struct Clerk {
                    : "l"(p.left + slice - 2)
                    : "memory");
     } while (seen < target);
-    // What was read there by ordinary loads is written by copies next.
-    asm volatile("fence.proxy.async.global;" ::: "memory");
     free_below = slice - 1;
     __syncwarp();
   }
