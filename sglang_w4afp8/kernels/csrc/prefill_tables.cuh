@@ -116,7 +116,7 @@ struct Tables {
 __device__ __forceinline__ int table_of(int n) { return n % kTables; }
 __device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
 
-// ---- the ring ------------------------------------------------------------------------------------
+// ---- the ring -----------------------------------------------------------------------------------
 // One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
 // for rows of tokens in the order of the list, one for each panel of a stage.
 __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, int rows,
@@ -142,13 +142,13 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, in
     bool here;
     if (is_token) {
       from = b + (static_cast<u64>(mine) * rows + item.first) * kPanel;
-      bytes = item.count * kPanel, next = next_cut = rows * kStageK;
+      bytes = item.count * kPanel, next = rows * kStageK, next_cut = next;
       here = mine < kPanels;
     } else {
       from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
              static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
              tile % kBlockTiles * (kCuts * tile_bytes);
-      bytes = next_cut = tile_bytes, next = (beside * kCuts - kCuts + 1) * tile_bytes;
+      bytes = tile_bytes, next = (beside * kCuts - kCuts + 1) * bytes, next_cut = bytes;
       here = mine < row_tiles;
     }
     for (int step = 0; step < stages; ++step) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, in
   }
 }
 
-// ---- claims, tables, flags -----------------------------------------------------------------------
+// ---- claims, tables, flags ----------------------------------------------------------------------
 // One warp. What it waits for are this CTA's items in their order, of which none needs what comes
 // after it here, and what other CTAs do for items with smaller numbers. So the item with the
 // smallest number of those that are not finished can always be, and nobody waits for ever.
@@ -173,26 +173,26 @@ struct Clerk {
   const Slices& slices;
   const Ring& ring;
   const Tables& tables;
+  const int lane = threadIdx.x & 31;
   int settled = 0;     // of this CTA's items
   int free_below = 0;  // slices whose part of y may be written
 
-  __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
   __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
 
   __device__ __forceinline__ void run() {
     const Order order{p, slices};
-    u32 next = lane() == 0 ? atomicAdd(p.claimed, 1u) : 0;
+    u32 next = lane == 0 ? atomicAdd(p.claimed, 1u) : 0;
     int items = 0x7fffff00;  // as long as the last one is not known
     for (int i = 0; i < items + kQueue - 1; ++i) {
       Item claimed{};
-      if (lane() == 0 && i <= items) {
+      if (lane == 0 && i <= items) {
         const u32 number = next;
         next = atomicAdd(p.claimed, 1u);
         claimed = order.item(number);
       }
       settle(i - kQueue + 1);
       if (i <= items) {
-        if (lane() == 0) {
+        if (lane == 0) {
           queue.item[i % kQueue] = claimed;
           barrier_arrive(ring.queue_bars + i % kQueue * 16);
         }
@@ -210,7 +210,7 @@ struct Clerk {
   __device__ __forceinline__ void settle(int count) {
     for (; settled < count; ++settled) {
       barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1);
-      if (lane() == 0 && slices.count() > 2) {
+      if (lane == 0 && slices.count() > 2) {
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item(settled).slice)
                      : "memory");
@@ -228,7 +228,7 @@ struct Clerk {
     while (!ready || !through) {
       if (!ready) {
         bool all = true;
-        for (int w = lane(); w <= word; w += 32) {
+        for (int w = lane; w <= word; w += 32) {
           const u32 wanted = w < word ? 0xffffffffu : (1u << step % 32) - 1;
           u32 seen;
           asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done + w) : "memory");
@@ -236,12 +236,12 @@ struct Clerk {
         }
         ready = __all_sync(0xffffffffu, all);
         __syncwarp();
-        if (ready && (kEveryLane || lane() == 0)) barrier_arrive(tables.ready());
+        if (ready && (kEveryLane || lane == 0)) barrier_arrive(tables.ready());
       }
       if (!through) {
         if (ready) barrier_wait(tables.through(), phase_of(n));
         through = ready || __all_sync(0xffffffffu, barrier_test(tables.through(), phase_of(n)));
-        if (through && lane() == 0) {
+        if (through && lane == 0) {
           asm volatile("fence.acq_rel.gpu;" ::: "memory");
           asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(done + word),
                        "r"(1u << step % 32)
@@ -256,7 +256,7 @@ struct Clerk {
   // but one, which is settled.
   __device__ __forceinline__ void fetch(int n) {
     wait_slice(n);
-    if (lane() == 0) {
+    if (lane == 0) {
       constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
       const int count = item(n).count, i = table_of(n);
       const u64 first = item(n).first;
