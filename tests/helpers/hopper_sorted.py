@@ -59,13 +59,69 @@ def list_places(counts: list[int]) -> list[int]:
         cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
         # An expert without rows has none that ask for the size.
         scope = {"begins": SimpleNamespace(tile=tile, size=cut["size"])}
-        packed = c_value(c_find(SORT, ("down_first[tid] = begins.tile",), "down_first[tid]"), scope)
+        packed = c_value(c_find(SORT, ("tiles[tid] = begins.tile",), "tiles[tid]"), scope)
         for i in range(tokens):
-            scope = {"e": 0, "down_first": [packed], "counts": [first], "up_row": first + i}
+            scope = {"e": 0, "tiles": [packed], "counts": [first], "row": first + i}
             scope = c_locals(SORT, "u32 tile = 0", "at size", scope)
             places.append(c_locals(SORT, "at: among", "tile", scope)["tile"])
         tile, first = tile + cut["tiles"], first + tokens
     return places
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Of the ring: addresses in a stage, and in ``what``."""
+
+    what: str
+    to: int
+    source: int
+    size: int
+
+
+def down_copies(
+    c: dict[str, Any], item: SimpleNamespace, k: int, rows: int, b_rows: int
+) -> list[list[Copy]]:
+    """``produce_stages``: what all lanes copy for an item, for each stage.
+
+    Args:
+        c: constants.
+        item: expert, block, first, count.
+        k: columns.
+        rows: of the weights.
+        b_rows: of the tokens.
+    """
+    within = "void produce_stages"
+    stages: list[list[Copy]] = [[] for _ in range(k // c["kStageK"])]
+    p = SimpleNamespace(rows=rows, k=k, w=0, scales=0)
+    fixed: dict[str, Any] = {**c, "p": p, "item": item, "b": 0, "rows": b_rows, "min": min}
+    fixed |= {"ring": SimpleNamespace(stage=int), "place": SimpleNamespace(slot=0)}
+    fixed |= {"weights": "weights", "tokens": "tokens"}
+    expected = {
+        "weights": c_find(TABLES, (within, "barrier_expect(weights, "), "barrier_expect("),
+        "tokens": c_find(TABLES, (within,), "barrier_expect_all("),
+    }
+    for lane in range(32):
+        names = "lane tiles stages kBlockTiles kPanels is_scale is_token mine row_bytes tile_bytes "
+        names += "to row_tiles tile block beside"
+        scope = c_locals(TABLES, within, names, fixed | {"threadIdx": SimpleNamespace(x=lane)})
+        assert scope["stages"] == len(stages)
+        inside = f"{within} > if (is_token)" + ("" if scope["is_token"] else " > else")
+        scope = c_locals(TABLES, inside, "from bytes next next_cut here", scope)
+        what = "tokens" if scope["is_token"] else "scales" if scope["is_scale"] else "codes"
+        for step, stage in enumerate(stages):
+            copy = c_value(c_find(TABLES, (within, "if (here)"), "bulk_copy("), scope)
+            assert copy[3] == ("tokens" if what == "tokens" else "weights"), "another barrier"
+            if scope["here"]:
+                stage.append(Copy(what, *copy[:3]))
+            scope["from"] += c_value(c_find(TABLES, (within,), "from +="), scope | {"step": step})
+    for stage in stages:
+        counted = {"weights": 0, "tokens": 0}
+        for one in stage:
+            counted["tokens" if one.what == "tokens" else "weights"] += one.size
+        for name, text in expected.items():
+            assert c_value(text, scope)[1] == counted[name], "bytes expected"
+        assert c_value(expected["tokens"], scope)[2] == c["kTokenArrivals"]
+    return stages
 
 
 class Slices:
@@ -82,6 +138,7 @@ class Slices:
         weights = SimpleNamespace(rows=row_tiles * 64)
         self.p = SimpleNamespace(weights=weights, y_bytes=y_bytes)
         scope: dict[str, Any] = {"p": self.p, "kWgs": 3, "max": max, "slots": slots, "tiles": tiles}
+        scope["kRowBytes"] = 3 * 128
         scope = c_locals(TABLES, "Slices of(", "blocks block_bytes most", scope)
         limit = c_find(TABLES, ("Slices of(", "if (block_bytes"), "most")
         if scope["block_bytes"] * scope["blocks"] > y_bytes:
@@ -95,8 +152,8 @@ class Slices:
     @property
     def scope(self) -> dict[str, Any]:
         """What members of the struct see."""
-        own = {"blocks": self.blocks, "tiles": self.tiles, "slots": self.slots}
-        return own | {"per_slice": self.per_slice, "kWgs": 3, "p": self.p}
+        own = {"blocks": self.blocks, "tiles": self.tiles, "slots": self.slots, "p": self.p}
+        return own | {"per_slice": self.per_slice, "kWgs": 3, "kRowBytes": 3 * 128}
 
     def count(self) -> int:
         return int(c_value(c_find(TABLES, ("int count()",), "return"), self.scope))
@@ -105,9 +162,9 @@ class Slices:
         text = c_find(TABLES, ("int blocks_of(",), "return")
         return int(c_value(text, self.scope | {"slice": slice_}))
 
-    def buffer(self, slice_: int, block: int, wg: int) -> int:
-        """Where contributions of a row tile begin in y, in bytes."""
-        scope = self.scope | {"y": 0, "slice": slice_, "block": block, "wg": wg}
+    def buffer(self, slice_: int, block: int) -> int:
+        """Where contributions to a block begin in y, in bytes."""
+        scope = self.scope | {"y": 0, "slice": slice_, "block": block}
         scope = c_locals(TABLES, "u8* buffer(", "at", scope)
         return int(c_value(c_find(TABLES, ("u8* buffer(",), "return"), scope))
 
@@ -116,11 +173,10 @@ class Slices:
         return int(c_value(text, self.scope | {"block": block}))
 
     def left_target(self, slice_: int) -> int:
-        """Sums of a slice that ``wait_slice`` waits for, before an item of the next but one."""
+        """Items of a slice that ``wait_slice`` waits for, before one of the next but one."""
         slices = SimpleNamespace(tiles=self.tiles, blocks_of=self.blocks_of)
-        slices.per_slice = self.per_slice
-        scope = {"p": self.p, "kWgs": 3, "slices": slices, "slice": slice_ + 2}
-        return int(c_locals(DOWN, "void wait_slice()", "target", scope)["target"])
+        scope = {"slices": slices, "slice": slice_ + 2}
+        return int(c_locals(TABLES, "void wait_slice(", "target", scope)["target"])
 
     def item(self, number: int) -> SimpleNamespace | None:
         """``Order::item``: slice, step (the tile) and block; None past the last."""

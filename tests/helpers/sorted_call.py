@@ -2,8 +2,8 @@
 
 The statements follow ``prefill_ring.cuh``, ``prefill_tables.cuh`` and ``prefill_down.cu``; items,
 slices and addresses are their own. A wait that never ends, a contribution that is read before it is
-published or after it was overwritten, and a table that is another item's all show. Of a warpgroup
-there are two warps, which do not go in step: sums are shared out otherwise than results are.
+published or after it was overwritten, results that are overwritten before they are through, and a
+table that is another item's all show. Of a warpgroup there are two warps, which do not go in step.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from hopper_sorted import DOWN, TABLES, Slices, constants
 from kernel_source import c_find, c_value
-from simulated_warps import Barrier, Wait, Warp, run_warps
+from simulated_warps import Barrier, Warp, run_warps
 
-WGS, WARPS = 3, 2
+WGS, WARPS, FINISHERS = 3, 2, 2
 TILE = 4
-"""Most columns; a warp looks through half of them for sums."""
-AT_ONCE = 2
-"""Contributions of a warp's first sum that are asked for early; the others while it adds."""
+"""Most columns; a finisher has half of them."""
+CELLS = 3
+"""Contributions that are asked for ahead."""
 
 
 def now() -> bool:
@@ -88,24 +88,24 @@ class Call:
     ) -> None:
         self.problem, self.slices, self.broken, self.late = problem, slices, broken, late
         self.stages, self.ring = shape
+        self.dynamic = seed % 2 == 1
         self.random = random.Random(seed)
         self.on_the_way: list[Callable[[], None]] = []
         self.claimed = 0
-        self.y: dict[tuple[int, int], tuple[int, int]] = {}  # by row tile's buffer and slot
-        self.done: dict[tuple[int, int], int] = {}
+        self.y: dict[tuple[int, int, int], tuple[int, int]] = {}  # by block's buffer, wg, slot
+        self.done: set[tuple[int, int]] = set()
         self.left = [0] * slices.count()
         self.out: dict[tuple[int, int], list[int]] = {}  # slots that were added up
         c = constants(DOWN, 128)
         self.queue = c["kQueue"]
-        # With tables fewer than the kernel's its numbers and parities are the same expressions.
-        self.tables = {"one table": 1, "two tables": 2}.get(broken, c["kTables"])
-        self.rows = 2 if broken == "two rows" else self.tables
+        # With tables fewer than the kernel's the numbers are the same expressions.
+        self.tables = 1 if broken == "one table" else c["kTables"]
+        assert c["kFinishers"] == FINISHERS
         self.items: dict[int, Any] = {}
         self.buffers = {
-            (s, block, wg): slices.buffer(s, block, wg)
+            (s, block): slices.buffer(s, block)
             for s in range(slices.count())
             for block in range(s * slices.per_slice, s * slices.per_slice + slices.blocks_of(s))
-            for wg in range(WGS)
         }
         self.targets = [slices.left_target(s) for s in range(slices.count())]
         self.ctas = [self.cta() for _ in range(ctas)]
@@ -115,24 +115,25 @@ class Call:
         return SimpleNamespace(
             items=[None] * self.queue,
             queue_full=[Barrier(1) for _ in range(self.queue)],
-            queue_empty=[Barrier(warps + 2) for _ in range(self.queue)],
+            queue_empty=[Barrier(warps + 1 + FINISHERS) for _ in range(self.queue)],
             stages=[None] * self.ring,
             stage_full=[Barrier(1) for _ in range(self.ring)],
             stage_empty=[Barrier(warps) for _ in range(self.ring)],
-            tables=[None] * self.rows,
-            full=[Barrier(1) for _ in range(self.tables)],
-            ready=[Barrier(1) for _ in range(self.tables)],
-            empty=[Barrier(warps) for _ in range(self.tables)],
-            together=[0] * WGS,
+            tables=[None] * self.tables,
+            full=Barrier(1),
+            written=Barrier(warps),
+            through=Barrier(FINISHERS),
+            ready=Barrier(1),
             results=[[None] * TILE for _ in range(WGS)],  # `out`: the item's number of a column
-            not_ended=warps + 3,
+            not_ended=warps + 2 + FINISHERS,
         )
 
     def run(self) -> None:
         """Until all warps have ended; then all outputs are there."""
         warps = []
         for rank, cta in enumerate(self.ctas):
-            mine = [self.claim(cta), self.produce_stages(cta), self.produce_tables(cta)]
+            mine = [self.produce_stages(cta), self.clerk(cta)]
+            mine += [self.finish(cta, which) for which in range(FINISHERS)]
             mine += [self.consume(cta, wg, warp) for wg in range(WGS) for warp in range(WARPS)]
             warps += [self.counted(rank, warp) for warp in mine]
         run_warps(warps, self.random, self.on_the_way)
@@ -141,8 +142,8 @@ class Call:
             for row_tile in range(self.slices.row_tiles):
                 assert self.out.pop((token, row_tile), None) == slots, "another sum"
         assert not self.out
-        if self.slices.count() > 2 and self.broken != "end":
-            assert self.left == self.targets
+        if self.slices.count() > 2:
+            assert self.left == self.targets, "a slice that is not left"
 
     def counted(self, rank: int, warp: Warp) -> Warp:
         if self.late and rank > 0:
@@ -155,22 +156,6 @@ class Call:
         if number not in self.items:
             self.items[number] = self.slices.item(number)
         return self.items[number]
-
-    def claim(self, cta: SimpleNamespace) -> Warp:
-        """``claim``: the item after next is claimed while an item is given."""
-        n, number = 0, self.claimed
-        self.claimed += 1
-        while True:
-            then, self.claimed = self.claimed, self.claimed + 1
-            item = self.described(number)
-            i, phase = n % self.queue, n // self.queue & 1
-            yield cta.queue_empty[i].passed(phase ^ 1)
-            cta.items[i] = n, item
-            yield now
-            cta.queue_full[i].arrive()
-            if item is None:
-                return
-            n, number = n + 1, then
 
     def look(self, cta: SimpleNamespace, n: int) -> Any:
         number, item = cta.items[n % self.queue]
@@ -201,77 +186,118 @@ class Call:
             n += 1
 
     # ---- tables ----------------------------------------------------------------------------------
-    def table(self, n: int) -> tuple[int, int]:
-        """Number of the n-th item's, and the parity of its barriers."""
-        scope = {"n": n, "kTables": self.tables}
-        number = c_value(c_find(TABLES, ("int table_of(",), "return"), scope)
-        return number, c_value(c_find(TABLES, ("u32 phase_of(",), "return"), scope)
+    def table(self, n: int) -> int:
+        """Number of the n-th item's."""
+        text = c_find(TABLES, ("int table_of(",), "return")
+        return int(c_value(text, {"n": n, "kTables": self.tables}))
+
+    def phase(self, n: int) -> int:
+        return int(c_value(c_find(TABLES, ("u32 phase_of(",), "return"), {"n": n}))
 
     def owner(self, cta: SimpleNamespace, n: int, tile: int, c: int) -> SimpleNamespace:
-        assert cta.tables[self.table(n)[0] % self.rows] == n, "another item's table"
+        assert cta.tables[self.table(n)] == n, "another item's table"
         return self.problem.owners[tile, c]
 
-    def produce_tables(self, cta: SimpleNamespace) -> Warp:
-        n = 0
-        while (item := (yield from self.next(cta, n))) is not None:
-            i, phase = self.table(n)
-            if self.broken != "empty":
-                yield cta.empty[i].passed(phase ^ 1)
-            cta.full[i].arrive(1)
+    # ---- the clerk -------------------------------------------------------------------------------
+    def clerk(self, cta: SimpleNamespace) -> Warp:
+        me = SimpleNamespace(cta=cta, settled=0, free_below=0)
+        next_, self.claimed = self.claimed, self.claimed + 1
+        i, items = 0, 1 << 30
+        while i < items + self.queue - 1:
+            item = None
+            if i <= items:
+                number, next_ = next_, self.claimed
+                self.claimed += 1
+                item = self.described(number)
+            yield from self.settle(me, i - self.queue + 1)
+            if i <= items:
+                cta.items[i % self.queue] = i, item
+                yield now
+                cta.queue_full[i % self.queue].arrive()
+                if item is None:
+                    items = i
+            steps = [(self.publish, i - self.queue + 1), (self.fetch, i - self.queue + 2)]
+            if self.broken == "fetch first":
+                steps = steps[::-1]
+            for step, n in steps:
+                if 0 <= n < items:
+                    yield from step(me, n)
+            i += 1
+        if self.broken != "end":
+            yield from self.settle(me, items)
 
-            def copy(n: int = n, i: int = i) -> None:
-                cta.tables[i % self.rows] = n
-                cta.full[i].came(1)
-
-            self.on_the_way.append(copy)
-            yield cta.full[i].passed(phase)
-            target = self.slices.row_tiles_of(item.block)
-            for c in range(self.problem.counts[item.step]):
-                for _, tile in self.owner(cta, n, item.step, c).parts:
-                    if tile != item.step and self.broken != "done":
-                        place = tile, item.block
-                        yield self.is_done(place, target)
+    def settle(self, me: SimpleNamespace, count: int) -> Warp:
+        while me.settled < count:
+            n = me.settled
+            yield me.cta.queue_empty[n % self.queue].passed(n // self.queue & 1)
             yield now
-            cta.ready[i].arrive()
-            n += 1
+            if self.broken != "early":
+                self.left[self.look(me.cta, n).slice] += 1
+            me.settled += 1
 
-    def is_done(self, place: tuple[int, int], target: int) -> Wait:
-        return lambda: self.done.get(place, 0) >= target
+    def publish(self, me: SimpleNamespace, n: int) -> Warp:
+        item, cta = self.look(me.cta, n), me.cta
+        waits = {"ready": lambda: self.are_done(item), "through": cta.through.passed(self.phase(n))}
+        if self.broken == "through":
+            self.done.add((item.step, item.block))
+        while waits:
+            yield lambda: any(wait() for wait in waits.values())
+            there = self.random.choice([name for name, wait in waits.items() if wait()])
+            del waits[there]
+            yield now
+            if there == "ready":
+                cta.ready.arrive()
+            else:
+                self.done.add((item.step, item.block))
+                if self.broken == "early":
+                    self.left[item.slice] += 1
+
+    def are_done(self, item: Any) -> bool:
+        before = range(item.step if self.broken != "done" else 0)
+        return all((tile, item.block) in self.done for tile in before)
+
+    def fetch(self, me: SimpleNamespace, n: int) -> Warp:
+        cta, at = me.cta, self.look(me.cta, n).slice
+        if at >= 2 and me.free_below <= at - 2 and self.broken != "slice":
+            if self.broken != "settle":
+                yield from self.settle(me, n)
+            fewer = self.slices.tiles if self.broken == "target" else 0
+            yield lambda: self.left[at - 2] >= self.targets[at - 2] - fewer
+            me.free_below = at - 1
+        cta.full.arrive(1)
+
+        def copy() -> None:
+            cta.tables[self.table(n)] = n
+            cta.full.came(1)
+
+        self.on_the_way.append(copy)
+        yield now
 
     # ---- consumers -------------------------------------------------------------------------------
-    def sync(self, cta: SimpleNamespace, wg: int) -> Warp:
-        cta.together[wg] += 1
-        wanted = -(-cta.together[wg] // WARPS) * WARPS
-        yield lambda: cta.together[wg] >= wanted
-
-    def contribution(self, at: int, slot: int, block: int) -> None:
-        assert self.y.get((at, slot)) == (slot, block), "a contribution that is not there"
-
     def consume(self, cta: SimpleNamespace, wg: int, warp: int) -> Warp:
-        nothing = SimpleNamespace(slice=-1)
-        me = SimpleNamespace(cta=cta, wg=wg, warp=warp, n=0, at=0, before=nothing, free_below=0)
+        me = SimpleNamespace(cta=cta, wg=wg, n=0, at=0)
         while True:
             yield cta.queue_full[me.n % self.queue].passed(me.n // self.queue & 1)
             item = self.look(cta, me.n)
             if item is None:
-                break
-            idle = (item.block * WGS + wg) >= self.slices.row_tiles
-            two_on = item.slice > me.before.slice + 1
-            if (idle and self.broken != "idle") or (two_on and self.broken != "settle"):
-                yield from self.settle(me)
-            if idle:
-                yield from self.multiply(me)
-                i, phase = self.table(me.n)
-                if self.broken != "skip":
-                    yield cta.ready[i].passed(phase)
-                cta.empty[i].arrive()
-            else:
-                yield from self.work(me, item)
+                return
+            idle = item.block * WGS + wg >= self.slices.row_tiles
+            yield from self.multiply(me)
+            if self.broken != "out" and not (idle and self.broken == "idle"):
+                yield cta.through.passed(self.phase(me.n) ^ 1)
+            if not idle:
+                if self.dynamic:
+                    yield cta.full.passed(self.phase(me.n))
+                for c in range(warp, TILE, WARPS):
+                    if self.dynamic and c < self.problem.counts[item.step]:
+                        self.owner(cta, me.n, item.step, c)
+                    cta.results[wg][c] = me.n
+                    yield now
+            cta.written.arrive()
+            yield now
             self.look(cta, me.n)
             cta.queue_empty[me.n % self.queue].arrive()
             me.n += 1
-        if self.broken != "end":
-            yield from self.settle(me)
 
     def multiply(self, me: SimpleNamespace) -> Warp:
         for step in range(self.stages):
@@ -282,94 +308,70 @@ class Call:
             me.cta.stage_empty[slot].arrive()
             me.at += 1
 
-    def work(self, me: SimpleNamespace, item: Any) -> Warp:
-        cta, wg, results = me.cta, me.wg, me.cta.results[me.wg]
-        count, row_tile = self.problem.counts[item.step], item.block * WGS + wg
-        yield from self.multiply(me)
-        coming = yield from self.ask(me)
-        i, phase = self.table(me.n)
-        yield cta.full[i].passed(phase)
-        for c in range(me.warp, TILE, WARPS):  # as little a warp's own columns as wgmma's are
-            results[c] = me.n
-        if self.broken != "slice":
-            yield from self.wait_slice(me, item.slice)
-        yield from self.sync(cta, wg)
-        at = self.buffers[item.slice, item.block, wg]
-        for c in range(me.warp * TILE // WARPS, min(count, (me.warp + 1) * TILE // WARPS)):
-            owner = self.owner(cta, me.n, item.step, c)
-            assert results[c] == me.n, "results of another item"
-            if owner.slot >= 0:
-                self.y[at, owner.slot] = owner.slot, item.block
-            else:
-                self.store(owner.token, row_tile, [])
+    # ---- finishers -------------------------------------------------------------------------------
+    def finish(self, cta: SimpleNamespace, which: int) -> Warp:
+        n = 0
+        while True:
+            yield cta.queue_full[n % self.queue].passed(n // self.queue & 1)
+            item = self.look(cta, n)
+            if item is None:
+                return
+            phase = self.phase(n)
+            if self.broken != "full":
+                yield cta.full.passed(phase)
+            if self.broken != "written":
+                yield cta.written.passed(phase)
+            yield from self.leave(cta, n, item, which)
+            cta.through.arrive()
+            if self.broken != "sync":
+                yield cta.through.passed(phase)
+            if self.broken != "ready":
+                yield cta.ready.passed(phase)
+            yield from self.add_up(cta, n, item, which)
+            self.look(cta, n)
+            cta.queue_empty[n % self.queue].arrive()
+            n += 1
+
+    def row_tiles(self, item: Any) -> range:
+        return range(self.slices.row_tiles_of(item.block))
+
+    def leave(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
+        at = self.buffers[item.slice, item.block]
+        for c in range(which, self.problem.counts[item.step], FINISHERS):
+            owner = self.owner(cta, n, item.step, c)
+            for wg in self.row_tiles(item):
+                assert cta.results[wg][c] == n, "results of another item"
+                if owner.slot >= 0:
+                    self.y[at, wg, owner.slot] = owner.slot, item.block
+                else:
+                    self.store(owner.token, item.block * WGS + wg, [])
             yield now
-        if self.broken == "early" and me.warp == 0 and me.before.slice >= 0:
-            self.left[me.before.slice] += 1
-        yield from self.add_up(me, coming)
-        if self.broken != "sync":
-            yield from self.sync(cta, wg)
-        if me.warp == 0:
-            place = item.step, item.block
-            self.done[place] = self.done.get(place, 0) + 1
-            yield now
-            if me.before.slice >= 0 and self.broken != "early":
-                self.left[me.before.slice] += 1
-        me.before = item
 
-    def wait_slice(self, me: SimpleNamespace, at: int) -> Warp:
-        if at < 2 or me.free_below > at - 2:
-            return
-        fewer = self.slices.tiles if self.broken == "target" else 0
-        yield lambda: self.left[at - 2] >= self.targets[at - 2] - fewer
-        me.free_below = at - 1
+    def contribution(self, item: Any, slot: int) -> None:
+        at = self.buffers[item.slice, item.block]
+        for wg in self.row_tiles(item):
+            there = self.y.get((at, wg, slot)) == (slot, item.block)
+            assert there, "a contribution that is not there"
 
-    def settle(self, me: SimpleNamespace) -> Warp:
-        if me.before.slice < 0:
-            return
-        coming = yield from self.ask(me)
-        yield from self.add_up(me, coming)
-        yield from self.sync(me.cta, me.wg)
-        if me.warp == 0:
-            self.left[me.before.slice] += 1
-        me.before = SimpleNamespace(slice=-1)
-
-    def ask(self, me: SimpleNamespace) -> Any:
-        """Columns of the item before that this warp adds up, and what is asked for already."""
-        before = me.before
-        if before.slice < 0:
-            return []
-        i, phase = self.table(me.n - 1)
-        if self.broken != "ready":
-            yield me.cta.ready[i].passed(phase)
-        count = self.problem.counts[before.step]
-        found: list[tuple[int, int, list[int], int]] = []
-        # Here a warp has the columns that another one stored.
-        for c in range(me.warp, count, WARPS):
-            owner = self.owner(me.cta, me.n - 1, before.step, c)
-            if owner.parts:
-                early = AT_ONCE if not found else 0
-                found.append((c, owner.token, [slot for slot, _ in owner.parts], early))
-        for _, _, slots, early in found:
-            for slot in slots[:early]:
-                self.contribution(self.buffer_before(me), slot, before.block)
-        yield now
-        return found
-
-    def buffer_before(self, me: SimpleNamespace) -> int:
-        return self.buffers[me.before.slice, me.before.block, me.wg]
-
-    def add_up(self, me: SimpleNamespace, coming: Any) -> Warp:
-        before = me.before
-        if before.slice < 0:
-            return
-        for c, token, slots, _ in coming:
-            for slot in slots:  # also what was asked for: it may come as late as this
-                self.contribution(self.buffer_before(me), slot, before.block)
+    def add_up(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
+        mine = range(which, self.problem.counts[item.step], FINISHERS)
+        owners = [self.owner(cta, n, item.step, c) for c in mine]
+        coming = [slot for owner in owners for slot, _ in owner.parts]
+        for slot in coming[:CELLS]:
+            self.contribution(item, slot)
+        asked = CELLS
+        for c, owner in zip(mine, owners, strict=True):
+            for slot, _ in owner.parts:
                 yield now
-            self.owner(me.cta, me.n - 1, before.step, c)
-            self.store(token, before.block * WGS + me.wg, slots)
-        yield now
-        me.cta.empty[self.table(me.n - 1)[0]].arrive()
+                self.contribution(item, slot)  # it may come as late as this
+                for next_slot in coming[asked : asked + 1]:
+                    self.contribution(item, next_slot)
+                asked += 1
+                self.owner(cta, n, item.step, c)
+            for wg in self.row_tiles(item):
+                if owner.parts:
+                    slots = [slot for slot, _ in owner.parts]
+                    self.store(owner.token, item.block * WGS + wg, slots)
 
     def store(self, token: int, row_tile: int, slots: list[int]) -> None:
         assert (token, row_tile) not in self.out, "an output twice"

@@ -16,7 +16,7 @@ from kernel_source import c_constants, c_find, c_locals, c_value
 
 from sglang_w4afp8.kernels.hopper.build import CSRC
 
-UP, DOWN, RING = "prefill_up.cu", "prefill_down.cu", "prefill_ring.cuh"
+UP, RING = "prefill_up.cu", "prefill_ring.cuh"
 TABLES = "prefill_tables.cuh"
 Item = dict[str, int]
 
@@ -70,8 +70,8 @@ class Slices:
         scope = self.scope | {"slice": slice}
         return int(c_value(c_find(TABLES, ("int blocks_of(",), "return"), scope))
 
-    def buffer(self, slice: int, block: int, wg: int) -> int:
-        scope = self.scope | {"slice": slice, "block": block, "wg": wg, "y": 0}
+    def buffer(self, slice: int, block: int) -> int:
+        scope = self.scope | {"slice": slice, "block": block, "y": 0}
         scope = c_locals(TABLES, "u8* buffer(", "at", scope)
         return int(c_value(c_find(TABLES, ("u8* buffer(",), "return"), scope))
 
@@ -145,17 +145,15 @@ def test_down_claims_every_block_of_every_tile_once(
     for slice in range(len(runs)):
         some = [s for s in (slice - 1, slice) if s >= 0]
         buffers = sorted(
-            slices.buffer(s, s * slices.per_slice + block, wg)
-            for s in some
-            for block, wg in product(range(runs[s]), range(3))
+            slices.buffer(s, s * slices.per_slice + block) for s in some for block in range(runs[s])
         )
-        assert all(b - a >= slots * 128 for a, b in pairwise(buffers)) and buffers[0] >= 0
-        assert slots == 0 or buffers[-1] + slots * 128 <= y_bytes
+        assert all(b - a >= slots * BLOCK for a, b in pairwise(buffers)) and buffers[0] >= 0
+        assert slots == 0 or buffers[-1] + slots * BLOCK <= y_bytes
 
 
 @pytest.mark.parametrize(("tiles", "rows"), [(4, 7168), (3, 704), (5, 64 * 19), (2, 64 * 20)])
 def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, rows: int) -> None:
-    """Warpgroups with rows count, of items with smaller numbers only (``wait_slice``)."""
+    """Items with smaller numbers only (``wait_slice``)."""
     weights = SimpleNamespace(rows=rows)
     p = SimpleNamespace(header=[tiles], slots=[100], weights=weights, y_bytes=100 * 2 * BLOCK)
     p.tiles = some_tiles(p.header, 9)
@@ -169,13 +167,41 @@ def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, ro
             assert item is not None
             scope = slices.scope | {"slices": slices, "p": p, "slice": item["slice"]}
             if item["slice"] >= 2:
-                target = c_value(c_find(DOWN, ("void wait_slice()",), "target"), scope)
+                target = c_value(c_find(TABLES, ("void wait_slice(",), "target"), scope)
                 assert left[item["slice"] - 2] == target
             scope |= {"block": item["block"]}
             mine = c_value(c_find(TABLES, ("int row_tiles_of(",), "return"), scope)
             assert mine == sum(item["block"] * 192 + wg * 64 < rows for wg in range(3))
-            left[item["slice"]] = left.get(item["slice"], 0) + mine
-        assert sum(left.values()) == tiles * rows // 64
+            left[item["slice"]] = left.get(item["slice"], 0) + 1
+        assert sum(left.values()) == tiles * slices.blocks
+
+
+@pytest.mark.parametrize(("tiles", "blocks"), [(1, 1), (32, 2), (33, 1), (70, 3), (1100, 1)])
+def test_an_item_waits_for_all_tiles_before_it_and_no_other(tiles: int, blocks: int) -> None:
+    """``publish``: a bit for each tile of a block; lanes look at all words up to the item's."""
+    body = " ".join((CSRC / TABLES).read_text().split())
+    assert "for (int w = lane; w <= word; w += 32) {" in body
+    assert "all = all && (seen & wanted) == wanted;" in body
+    bit = '"l"(done + word), "r"(1u << step % 32)'
+    assert body.count(bit) == 1
+    within, words = "void publish(", -(-tiles // 32)
+    set_by: dict[tuple[int, int], tuple[int, int]] = {}  # words of `done` and their bits
+    waits: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for step, block in product(range(tiles), range(blocks)):
+        item = SimpleNamespace(step=step, block=block)
+        scope = {"item": {0: item}.__getitem__, "n": 0, "p": SimpleNamespace(done=0)}
+        scope |= {"slices": SimpleNamespace(tiles=tiles), "step": step}
+        scope = c_locals(TABLES, within, "word done", scope)
+        at = scope["done"] + scope["word"], c_value("1u << step % 32", scope).bit_length() - 1
+        assert at not in set_by and 0 <= at[0] < blocks * words and at[1] < 32
+        set_by[at] = step, block
+        waits[step, block] = set()
+        for w in range(scope["word"] + 1):
+            wanted = c_value(c_find(TABLES, (within,), "wanted"), scope | {"w": w})
+            places = {(scope["done"] + w, i) for i in range(32) if wanted >> i & 1}
+            waits[step, block] |= places
+    for (step, block), places in waits.items():
+        assert {set_by[at] for at in places} == {(tile, block) for tile in range(step)}
 
 
 def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:

@@ -23,8 +23,9 @@ from sglang_w4afp8.kernels.hopper.plan import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 RING, JOBS = "prefill_ring.cuh", "prefill_own_jobs.cuh"
-DOWN = "prefill_down.cu"
+TABLES = "prefill_tables.cuh"
 SIZES = {"kCluster": 2, "kConsumers": 256, "kReaders": 11, "kWeightWarps": 2, "kTokenWarps": 4}
+SIZES["kFinishers"] = int(c_find(TABLES, (), "kFinishers"))
 SIZES["kTokenArrivals"] = int(c_find(RING, (), "kTokenArrivals"))
 # Arrivals by threads for themselves, and by warps.
 COPIES, QUEUE_FULL = (1, 0), (1, 0)  # who expects the bytes; who claims
@@ -47,10 +48,11 @@ ARRIVALS = {
         "number_empty(i)": (0, 2),
         "turn(i / 4, i % 4)": (0, 1),
     },
-    DOWN: {
-        "tables.full(i)": COPIES,
-        "tables.ready(i)": (0, 1),  # who has seen that all is there
-        "tables.empty(i)": (0, 8),
+    TABLES: {
+        "full()": COPIES,
+        "written()": (0, 8),
+        "through()": (0, 2),
+        "ready()": (0, 1),  # who has seen that all is there
     },
     "gemm.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "own_down.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
@@ -61,6 +63,7 @@ ARRIVALS = {
 # Arrivals that are no warp's; their number in a file, by their line.
 OTHERS = {
     (RING, "barrier_arrive(bar);"): 1,  # claim: one lane works
+    (TABLES, "barrier_arrive(ring.queue_bars + i % kQueue * 16);"): 1,  # as claim
     (RING, "if (lane < kCluster) barrier_arrive_at(empty, lane);"): 1,  # a lane for each CTA
     (RING, "for (u32 to = 0; to < kCluster; ++to) barrier_arrive_at(empty, to);"): 1,  # all lanes
     (JOBS, "for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i), kLanes);"): 1,
@@ -120,11 +123,13 @@ def test_tokens_arrive_as_often_in_whatever_order_they_are() -> None:
     assert len(re.findall(r"async_copy_arrive\(ring\.tokens_full\(", body)) == 1
     up = (build.CSRC / "prefill_up.cu").read_text()
     assert up.count("produce_tokens(") == 1 and "queue, ring, warp - 2," in up
-    expected = c_find(copies, ("void produce_rows(",), "barrier_expect_all(")
-    scope = SIZES | {"full": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
-    assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
-    text = (build.CSRC / copies).read_text()
-    assert text.count("barrier_expect_all(") == text.count("if (lane == 0) barrier_expect_all(")
+    scope = SIZES | {"full": 0, "tokens": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
+    for source, within in ((copies, "void produce_rows("), (TABLES, "void produce_stages(")):
+        expected = c_find(source, (within,), "barrier_expect_all(")
+        assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
+        text = (build.CSRC / source).read_text()
+        one_lane = re.findall(r"if \(lane == [01]\) barrier_expect_all\(", text)
+        assert text.count("barrier_expect_all(") == len(one_lane) == 1
 
 
 def test_the_first_turn_is_passed_on_by_as_many_as_a_warp() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_sorted import down_copies
 from kernel_source import c_constants, c_find, c_locals, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
@@ -72,11 +73,21 @@ def stages(
 ) -> list[torch.Tensor]:
     """Shared memory after a stage's copies; 0x77 where none came.
 
-    ``produce_weights`` of a CTA, or ``produce_tiles`` where there are three consumer warpgroups.
+    ``produce_weights`` of a CTA, or where there are three consumer warpgroups ``produce_tiles`` or,
+    of down, ``produce_stages``.
     """
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
-    item = SimpleNamespace(block=block, expert=experts - 1)
+    item = SimpleNamespace(block=block, expert=experts - 1, first=0, count=16)
+    if "kTables" in c:
+        found = []
+        for stage in down_copies(c, item, k, rows, 16):
+            found.append(torch.full((c["kStageBytes"],), 0x77, dtype=torch.uint8))
+            for one in (one for one in stage if one.what != "tokens"):
+                there = found[-1][one.to : one.to + one.size]
+                assert (there == 0x77).all(), "copied to twice"
+                there.copy_(flat[int(one.what == "scales")][one.source :][: one.size])
+        return found
     p = SimpleNamespace(rows=rows, k=k, w=0, scales=0)
     fixed: dict[str, Any] = {**c, "p": p, "item": item, "blockIdx": SimpleNamespace(x=cta)}
     fixed |= {"ring": SimpleNamespace(stage=lambda slot: 0), "place": SimpleNamespace(slot=0)}
@@ -266,19 +277,11 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
             assert address not in q and 0 <= address <= b_rows * k - 16
             q[address] = column, feature
         shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
-        for lane in range(32):
-            scope = {**c, "threadIdx": SimpleNamespace(x=lane), "k": k, "rows": b_rows, "b": 0}
-            scope |= {"kBlocks": 0, "item": SimpleNamespace(first=first + before, count=count)}
-            scope |= {"ring": SimpleNamespace(stage=lambda slot: stage), "full": 0}
-            names = "lane kPanels kPieces panel piece step_bytes begin end line from to mine"
-            scope = c_locals(COMMON, "void produce_rows", names, scope)
-            scope["place"] = SimpleNamespace(slot=0)
-            for memory in shared if scope["mine"] else []:
-                copy = c_find(COMMON, ("void produce_rows", "if (mine)"), "bulk_copy(")
-                to, at, size, _ = c_value(copy, scope)
-                assert not any(to + i in memory for i in range(0, size, 16))
-                memory |= {to + i: q[at + i] for i in range(0, size, 16)}
-                scope["from"] += c_value(c_find(COMMON, ("void produce_rows",), "from +="), scope)
+        item = SimpleNamespace(first=first + before, count=count, block=0, expert=0)
+        for memory, copies in zip(shared, down_copies(c, item, k, 64, b_rows), strict=True):
+            for one in (one for one in copies if one.what == "tokens"):
+                assert not any(stage + one.to + i in memory for i in range(0, one.size, 16))
+                memory |= {stage + one.to + i: q[one.source + i] for i in range(0, one.size, 16)}
         for step, memory in enumerate(shared):
             assert len(memory) * 16 == count * c["kStageK"], "what the barrier expects"
             for token, addresses in enumerate(operand(c, THREE, stage, 0)[:count]):

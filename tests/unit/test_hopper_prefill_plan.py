@@ -267,7 +267,7 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         assert room(route.counts) >= 4 * c["kMaxExperts"] * route.sorters
         assert route.sorters == plan.sorters and route.part_pairs == plan.part_pairs
         # What route says of rows
-        assert (mine.owners, mine.parts, mine.tiles) == (down.owners, down.parts, down.part_tiles)
+        assert (mine.owners, mine.parts) == (down.owners, down.parts)
         assert (mine.slots, mine.total, mine.empty) == (down.slots, up.total, up.empty)
         assert (mine.room, mine.panel) == (plan.room, plan.panel[0]) and up.room == plan.room
         assert (mine.top_k, mine.most_parts) == (layer.top_k, plan.most_parts)
@@ -289,11 +289,12 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
             assert (up.b_scale, down.b_scale) == (route.x_scale, up.q_row_scale)
         assert (up.b, down.b, up.arrived) == (route.xq, up.q, route.arrived)
         assert room(down.y) >= down.y_bytes == plan.slice_bytes
-        # Counters, made zero by route: two claims, items of down, its slices, and tiles with
-        # dynamic scales.
+        # Counters, made zero by route: two claims, a bit for each item of down, its slices, and
+        # tiles with dynamic scales.
         tiles, blocks = lists.max_tiles, -(-layer.hidden // 192)
         assert up.claimed == route.zeros and down.claimed == (up.claimed or 0) + 4
-        assert down.done == down.claimed + 4 and down.left == down.done + 4 * tiles * blocks
+        words = -(-tiles // plan_prefill.DONE_TILES)
+        assert down.done == down.claimed + 4 and down.left == down.done + 4 * words * blocks
         assert up.tile_count == down.left + 4 * blocks
         zeroed = (route.zeros or 0) + 4 * route.zero_count
         assert zeroed == up.tile_count + 4 * tiles * layer.dynamic

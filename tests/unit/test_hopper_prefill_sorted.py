@@ -17,9 +17,11 @@ from hopper_sorted import (
     ROUTE,
     ROUTED,
     SHARED,
+    TABLES,
     UP,
     Tile,
     constants,
+    down_copies,
     list_places,
     list_tiles,
 )
@@ -85,21 +87,21 @@ def written_q(counts: list[int], inner: int, panel: int, q_rows: int) -> np.ndar
 def copies(
     c: dict[str, Any], tile: Tile, blocks: bool, k: int, rows: int
 ) -> list[list[tuple[int, int, int]]]:
-    """``produce_rows``: to, from and bytes of all copies, for each stage."""
+    """``produce_rows`` (``blocks``) or ``produce_stages``: to, from and bytes, for each stage."""
+    item = SimpleNamespace(first=tile.first, count=tile.count, block=0, expert=0)
+    if not blocks:
+        return [
+            [(one.to, one.source, one.size) for one in stage if one.what == "tokens"]
+            for stage in down_copies(c, item, k, 192, rows)
+        ]
     within = "void produce_rows"
-    item = SimpleNamespace(first=tile.first, count=tile.count)
     steps: list[list[tuple[int, int, int]]] = [[] for _ in range(k // c["kStageK"])]
     for lane in range(32):
-        scope: dict[str, Any] = {**c, "kBlocks": blocks, "k": k, "rows": rows, "b": 0, "full": 0}
-        scope |= {"threadIdx": SimpleNamespace(x=lane), "item": item, "max": max}
+        scope: dict[str, Any] = {**c, "k": k, "b": 0, "full": 0, "item": item, "max": max}
+        scope |= {"threadIdx": SimpleNamespace(x=lane), "min": min}
         scope |= {"place": SimpleNamespace(slot=0), "ring": SimpleNamespace(stage=int)}
-        names = "lane stages kPanels kPieces panel piece step_bytes begin end line"
-        scope = c_locals(SHARED, within, names, scope)
-        if blocks:
-            for name in ("block", "begin", "end", "line"):  # the block's end wants the old begin
-                inside = f"{within} > if constexpr (kBlocks)"
-                scope = c_locals(SHARED, inside, name, scope)
-        scope = c_locals(SHARED, within, "from to mine", scope)
+        names = "lane stages kPanels kPieces panel piece kStepBytes block begin end line from to"
+        scope = c_locals(SHARED, within, names + " mine", scope)
         expected = c_value(c_find(SHARED, (within,), "barrier_expect_all("), scope)
         assert expected[1:] == (tile.count * c["kStageK"], c["kTokenArrivals"])
         assert scope["stages"] == len(steps)
@@ -173,10 +175,13 @@ def test_the_matrix_unit_reads_the_rows_of_q_that_gate_and_up_wrote(
 @pytest.mark.parametrize(("blocks", "stage_k"), [(b, k) for b in (True, False) for _, k in CUTS])
 def test_a_warp_has_a_lane_for_every_copy(blocks: bool, stage_k: int) -> None:
     """Wherever a tile begins; the lists above have tiles at few places of a block."""
-    c = constants(UP, stage_k)
-    names = {**c, "kBlocks": blocks}
-    names = c_locals(SHARED, "void produce_rows", "kPanels kPieces", names)
-    assert names["kPanels"] * names["kPieces"] <= 32
+    c = constants(UP if blocks else DOWN, stage_k)
+    if blocks:
+        names = c_locals(SHARED, "void produce_rows", "kPanels kPieces", c)
+        assert names["kPanels"] * names["kPieces"] <= 32
+    else:
+        names = c_locals(TABLES, "void produce_stages", "kPanels", c)
+        assert 2 * c["kRowTiles"] + names["kPanels"] <= 32
     for first in range(0, 2 * c["kBlockRows"]):
         for count in (1, 7, 63, 64, 65, 127, 128):
             copies(c, Tile(0, 0, first, count), blocks, stage_k, 4096)  # all bytes, else it fails

@@ -7,6 +7,7 @@ Expressions are the kernels' own; the statements around them follow ``prefill_ro
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from functools import cache
 from itertools import pairwise, product
@@ -194,16 +195,22 @@ def test_every_output_is_the_row_that_the_layout_says(rows: int, tiles: int, cou
     c = constants(DOWN, 128 if tiles == 1 else 256 // tiles, W4_TILES=tiles)
     memory = stored(-(-count // 16) * 16)
     order = _row_order(rows, False, tiles).view(-1, 4, 8, 2)
-    load = c_find(DOWN, ("void leave(", "uint4 v"), "lds128(")
-    assert "for (int c = thread >> 3; c < count; c += 16)" in c_text(DOWN)
+    loop = re.search(r"for \(int c = (.*?); c < count; c \+= (.*?)\) {", leaving())
+    load = re.search(r"lds128\((tables.out .*? \* 16\))\);", leaving())
+    assert loop is not None and load is not None
     written: Counter[tuple[int, int]] = Counter()
     read = {}
-    for thread in range(128):
-        for column in range(thread >> 3, count, 16):
-            text = load + ")" * (load.count("(") - load.count(")"))
-            address = c_value(text, {"c": column, "piece": thread & 7, "out": 0})
-            assert address % 16 == 0
-            read[column, thread & 7] = [memory[address + 2 * i] for i in range(8)]
+    for wg, which, lane in product(range(3), range(2), range(32)):
+        scope = {**c, "lane": lane, "which": lambda which=which: which, "wg": wg}
+        scope["tables"] = SimpleNamespace(out=0)
+        scope = c_locals(DOWN, "void leave()", "piece", scope)
+        step = c_value(loop[2], scope)
+        for column in range(c_value(loop[1], scope), count, step):
+            address = c_value(load[1], scope | {"c": column}) - wg * c["kOutBytes"]
+            assert address % 16 == 0 and 0 <= address <= c["kOutBytes"] - 16
+            values = [memory[address + 2 * i] for i in range(8)]
+            assert read.setdefault((column, scope["piece"], wg), values) is values, "twice"
+    read = {at[:2]: values for at, values in read.items() if at[2] == 0}  # all of them the same
     for tile, (at, values) in product(range(rows // 64), read.items()):
         for (column, warp, g, half), place in zip(values, outputs_of(c, tile, at[1]), strict=True):
             assert column == at[0], "another token's"
@@ -213,50 +220,87 @@ def test_every_output_is_the_row_that_the_layout_says(rows: int, tiles: int, cou
     assert set(written.values()) == {1}
 
 
-def test_contributions_are_read_where_they_were_written() -> None:
-    """Both are a slot's 128 bytes and a lane's 16 of them, which ``store`` takes the same way."""
+def leaving() -> str:
     body = " ".join(c_text(DOWN).split())
-    piece = "wg) + piece * 16;"
-    assert body.count(piece) == 1 and "(threadIdx.x & 7) * 16;" in body
-    assert body.count("y + static_cast<u64>(slot) * 128)") == 2  # leave, load_part
-    assert "piece = thread & 7" in body and "piece = threadIdx.x & 7" in body
+    return body[body.index("void leave()") : body.index("u32 last_rows(")]
 
 
-@pytest.mark.parametrize("share", [0.03, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("tiles", [1, 2, 3])
+def test_contributions_are_read_where_they_were_written(tiles: int) -> None:
+    """A slot's bytes: eight lanes for each row tile, and ``store`` takes both the same way."""
+    c, body = constants(DOWN, 128), " ".join(c_text(DOWN).split())
+    assert "slices.buffer(p.y, item().slice, item().block) + piece * 16;" in leaving()
+    to = "y + static_cast<u64>(slot) * kRowBytes + wg * 128"
+    assert to in leaving() and leaving().count("if (wg >= tiles) continue;") == 2
+    assert "store(static_cast<int>(owner.x), block * kWgs + wg, piece, total);" in leaving()
+    adding = body[body.index("void add_up()") : body.index("static void sum(")]
+    assert "if (lane >= row_tiles_of(p, item().block) * 8) return;" in adding
+    assert "slices.buffer(p.y, item().slice, item().block) + lane * 16;" in adding
+    source = "y + static_cast<u64>(lds32(at)) * kRowBytes"
+    assert source in adding
+    assert "item().block * kWgs + (lane >> 3), lane & 7, total);" in adding
+    written = {
+        c_value(to, c | {"y": piece * 16, "slot": 5, "wg": wg}): (wg, piece)
+        for wg, piece in product(range(tiles), range(8))
+    }
+    read = {
+        c_value(source, c | {"y": lane * 16, "lds32": lambda at: 5, "at": 0}): (lane >> 3, lane & 7)
+        for lane in range(tiles * 8)
+    }
+    assert written == read and len(read) == tiles * 8
+    # What lanes ask for does not meet, of both warps.
+    cells = {
+        c_value(c_find(DOWN, ("void add_up()",), "cells"), scope) + i * c["kRowBytes"]
+        for which, lane, i in product(range(2), range(tiles * 8), range(c["kCells"]))
+        for scope in (
+            {**c, "which": lambda which=which: which, "lane": lane}
+            | {"tables": SimpleNamespace(cells=0)},
+        )
+    }
+    assert len(cells) == 2 * tiles * 8 * c["kCells"]
+    assert max(cells) + 16 <= c["kFinishers"] * c["kCells"] * c["kRowBytes"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.2, 0.6, 1.0])
 def test_every_sum_is_made_once_and_of_what_was_asked_for(share: float) -> None:
-    """``ask`` and ``add_up``: eight lanes for each column that a warp found."""
-    order = random.Random(int(share * 100))
-    names = c_locals(DOWN, "Columns of the item before", "kRounds", {})
-    at_once = names["kRounds"] * 4
-    last = c_find(DOWN, ("int column_of",), "return")
-    asked = c_find(DOWN, ("Coming ask()", "for (int r"), "c").removeprefix("column_of(coming.found")
-
-    def column_of(found: int, number: int, thread: int) -> int:
-        for _ in range(number):
-            found &= found - 1
-        scope = {"found": found, "threadIdx": SimpleNamespace(x=thread)}
-        scope["__ffs"] = lambda bits: (bits & -bits).bit_length()
-        return int(c_value(last, scope))
-
-    for _ in range(20):
-        wanted = [c for c in range(128) if order.random() < share]
-        made: Counter[tuple[int, int]] = Counter()
-        for thread in range(256, 384):  # of the last warpgroup
-            warp, number = thread >> 5 & 3, (thread & 31) >> 3
-            found = sum(1 << c % 32 for c in wanted if c // 32 == warp)
-            for r in range(names["kRounds"]):
-                c = column_of(found, r * 4 + number, thread)
-                made[c, thread & 7] += c >= 0
-                scope = {"r": r, "threadIdx": SimpleNamespace(x=thread)}
-                assert c_value("(0" + asked, scope) == (0, r * 4 + number)
-            for _ in range(at_once):
-                found &= found - 1
-            while found:
-                c = column_of(found, number, thread)
-                made[c, thread & 7] += c >= 0
-                for _ in range(4):
-                    found &= found - 1
-        assert +made == Counter(product(wanted, range(8)))
+    """``add_up``: a finisher's columns in turn; what is read has been asked for, cell by cell."""
+    order, c = random.Random(int(share * 100)), constants(DOWN, 128)
+    body = " ".join(c_text(DOWN).split())
+    found = "const u64 found = last_rows(0) | static_cast<u64>(last_rows(1)) << 32;"
+    assert found in body and "__ballot_sync(0xffffffffu, parts > 0)" in body
+    assert body.count("rest &= rest - 1") == body.count("coming &= coming - 1") == 1
+    assert "for (int i = 0; i < kCells; ++i) ask(cells + i * kRowBytes);" in body
+    next_cell = c_find(DOWN, ("async_copy_wait", "ask(cell)"), "cell")
+    assert "async_copy_wait<kCells - 1>();" in body  # of the last kCells, the first has come
+    place = c_find(DOWN, ("u32 last_rows(",), "c")
+    column = c_find(DOWN, ("int column_of(",), "return").replace("static_cast<long long>", "")
+    for _ in range(10):
+        count = order.randint(1, 128)
+        parts = {i: order.randint(2, 9) for i in range(count) if order.random() < share}
+        made: Counter[int] = Counter()
+        for which in range(2):
+            scope: dict[str, Any] = {**c, "which": lambda which=which: which}
+            scope |= {"__ffsll": lambda bits: (bits & -bits).bit_length()}
+            bits = 0
+            for half, lane in product(range(2), range(32)):
+                scope |= {"half": half, "threadIdx": SimpleNamespace(x=13 * 32 + lane)}
+                bits |= (c_value(place, scope) in parts) << (half * 32 + lane)
+            columns = []
+            while bits:
+                columns.append(c_value(column, scope | {"found": bits}))
+                bits &= bits - 1
+            made.update(columns)
+            wanted = [(i, k) for i in columns for k in range(parts[i])]
+            cells: dict[int, tuple[int, int]] = {}
+            for i, asked in enumerate(wanted[: c["kCells"]]):
+                cells[i * c["kRowBytes"]] = asked
+            scope |= {"cells": 0, "cell": 0}
+            for number, one in enumerate(wanted):
+                assert cells.pop(scope["cell"]) == one, "another contribution"
+                for asked in wanted[number + c["kCells"] :][:1]:
+                    cells[scope["cell"]] = asked
+                scope["cell"] = c_value(next_cell, scope)
+        assert made == Counter(parts.keys())
 
 
 # ---- slices --------------------------------------------------------------------------------------
@@ -276,14 +320,14 @@ def test_two_slices_of_contributions_have_room() -> None:
         for s in range(slices.count()):
             # What the slice before has stays; what the last but one had is overwritten.
             buffers = {at: what for at, what in buffers.items() if what[0] == s - 1}
-            for block, wg in product(range(slices.blocks_of(s)), range(3)):
-                at = slices.buffer(s, block + s * slices.per_slice, wg)
+            for block in range(slices.blocks_of(s)):
+                at = slices.buffer(s, block + s * slices.per_slice)
                 assert at not in buffers or slots == 0
-                assert at % 128 == 0 and at + slots * 128 <= y_bytes
-                buffers[at] = s, block, wg
+                assert at % 128 == 0 and at + slots * BLOCK_BYTES <= y_bytes
+                buffers[at] = s, block
         if slots:
             ends = sorted(buffers)
-            assert all(b - a >= slots * 128 for a, b in pairwise(ends))
+            assert all(b - a >= slots * BLOCK_BYTES for a, b in pairwise(ends))
     assert several > 20
 
 
@@ -302,8 +346,7 @@ def test_items_are_all_blocks_of_all_tiles_slice_by_slice() -> None:
         # Past the end it stays so: CTAs claim one more each, and one ahead.
         assert all(slices.item(len(found) + i) is None for i in range(300))
         for s in range(slices.count()):
-            wanted = [slices.row_tiles_of(block) for at, _, block in found if at == s]
-            assert slices.left_target(s) == sum(wanted), "warpgroups that have a row tile"
+            assert slices.left_target(s) == sum(at == s for at, _, _ in found)
 
 
 def test_the_plan_has_room_for_two_blocks_of_all_pairs() -> None:
@@ -313,7 +356,7 @@ def test_the_plan_has_room_for_two_blocks_of_all_pairs() -> None:
         for slots in {0, 1, tokens * top_k // 7, tokens * top_k}:
             slices = Slices(hidden // 64, 3, slots, plan.slice_bytes)
             last = max(
-                slices.buffer(s, min(slices.blocks, (s + 1) * slices.per_slice) - 1, 2)
+                slices.buffer(s, min(slices.blocks, (s + 1) * slices.per_slice) - 1)
                 for s in range(slices.count())
             )
-            assert last + slots * 128 <= plan.slice_bytes
+            assert last + slots * BLOCK_BYTES <= plan.slice_bytes

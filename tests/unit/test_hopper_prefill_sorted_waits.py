@@ -54,27 +54,24 @@ def test_slices_of_one_block_and_few_tiles(ctas: int, row_tiles: int, counts: li
         Call(problem, slices, seed, ctas).run()
 
 
-def test_two_tables_would_do() -> None:
-    """The third one is for speed: a table is there before the sums of the item before are made."""
-    assert errors("two tables", range(100)) == set()
-
-
 @pytest.mark.parametrize(
     ("broken", "wanted"),
     [
         ("settle", "nobody can go on"),  # an item two slices on waits for its own CTA's sums
-        ("idle", "nobody can go on"),  # sums of a warpgroup that has no row tile now
-        ("one table", "nobody can go on"),
+        ("end", "nobody can go on"),  # sums of a CTA's last items are not counted
+        ("fetch first", "nobody can go on"),  # who may miss that an item's results are through
+        ("idle", "results of another item"),  # who has no row tile counts for the item before
+        ("out", "results of another item"),
+        ("written", "results of another item"),
+        ("one table", "another item's table"),
+        ("full", "another item's table"),
         ("slice", "a contribution that is not there"),  # nobody waits for the last slice but one
         ("target", "a contribution that is not there"),  # or not for all of it
         ("early", "a contribution that is not there"),  # it is given up before it was read
         ("ready", "a contribution that is not there"),
         ("done", "a contribution that is not there"),
-        ("sync", "a contribution that is not there"),  # one warp publishes what others write
-        ("two rows", "another item's table"),  # barriers of three tables, memory of two
-        ("empty", "another item's table"),
-        ("skip", "another item's table"),  # who has no row tile gives up a table to come
-        ("end", "another sum"),
+        ("through", "a contribution that is not there"),  # published before it is written
+        ("sync", "a contribution that is not there"),  # one finisher needs what the other writes
     ],
 )
 def test_the_simulation_sees_what_is_missing(broken: str, wanted: str) -> None:
@@ -99,10 +96,14 @@ def test_a_claim_out_of_order_may_wait_for_ever() -> None:
 
 
 def in_order(within: str, *statements: str) -> None:
-    """A function of the kernel makes these statements one after the other."""
-    text = " ".join(c_text(DOWN).split())
-    at = text.index(within)
-    end = text.find(" __device__ ", at + len(within))
+    """A function of the kernel makes these statements one after the other.
+
+    ``within``: strings separated by `` > `` after which it begins.
+    """
+    text, at = " ".join(c_text(DOWN).split()), 0
+    for marker in within.split(" > "):
+        at = text.index(marker, at)
+    end = text.find(" __device__ ", at + 1)
     for statement in statements:
         found = text.find(statement, at, end)
         assert found >= 0, (within, statement)
@@ -110,37 +111,40 @@ def in_order(within: str, *statements: str) -> None:
 
 
 def test_the_simulation_follows_the_kernel() -> None:
-    ask, add_up, sync = "ask();", "add_up(coming);", "named_sync(1 + wg, 128);"
-    full, ready = "barrier_wait(tables.full(", "barrier_wait(tables.ready("
+    through, full = "barrier_wait(tables.through(), phase", "barrier_wait(tables.full(), phase"
+    in_order("void wait_out()", through + "_of(place.number()) ^ 1)")
+    in_order("struct DownBody > void run()", "multiply_one", "wait_out();", full, "sts32(")
     in_order(
-        "void run()", "multiply_one<kN>", ask, full + "table())", "sts32(", "wait_slice();", sync,
-        "leave(out);", add_up, sync, "if (thread == 0)", "fence.acq_rel.gpu", "add(p.done",
-        "before().slice >= 0 && slices.count() > 2", "add(p.left + before().slice)",
-        "remember(item().slice, item().block, item().count)",
+        "w4a8_prefill_down(", "reader.wait(queue, ring)", "== kEnd) break",
+        ">= p.weights.rows)", "pass(", "body.wait_out();", "with_columns(", "__syncwarp()",
+        "barrier_arrive(tables.written())", ".release(ring)", "body.place.next_item()",
     )  # fmt: skip
     in_order(
-        "void settle()", "before().slice) < 0) return", "add_up(ask());", "named_sync(",
-        "fence.acq_rel.gpu", "add(p.left + before().slice)", "remember(-1, 0, 0)",
-    )  # fmt: skip
-    in_order("void skip()", "pass(", ready + "table())", "barrier_arrive(tables.empty(table()))")
-    in_order("Coming ask()", "before().slice >= 0", ready + "table_before())", "load_part(")
-    in_order(
-        "void add_up(", "< 0) return", "r < kRounds", "column_of(coming.found, r * 4 + number)",
-        "add_one(c, coming.v[r], kAtOnce)", "j < kRounds * 4; ++j) rest &= rest - 1",
-        "while (rest != 0)", "column_of(rest, number)", "add_one(c, coming.v[0], 0)",
-        "j < 4; ++j) rest &= rest - 1", "arrive(tables.empty(table_before()))",
+        "struct Finisher > void run()", "reader.wait(queue, ring).kind == kEnd) return",
+        "phase_of(reader.number)", full, "barrier_wait(tables.written(), phase", "leave();",
+        "__syncwarp()", "barrier_arrive(tables.through())", through,
+        "barrier_wait(tables.ready(), phase)", "add_up();", "reader.release(ring)",
     )  # fmt: skip
     in_order(
-        "void wait_slice()", "slice < 2 || uniform(before().free_below) > slice - 2) return",
+        "struct Clerk > void run()", "i < items + kQueue - 1", "i <= items", "order.item(",
+        "settle(i - kQueue + 1)", "queue.item[i % kQueue] = claimed",
+        "barrier_arrive(ring.queue_bars + i % kQueue * 16)", "kind == kEnd) items = i",
+        "n = i - kQueue + 1; n >= 0 && n < items) publish(n)",
+        "n = i - kQueue + 2; n >= 0 && n < items) fetch(n)", "settle(items)",
+    )  # fmt: skip
+    in_order(
+        "void settle(", "settled < count",
+        "barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1)",
+        "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item(settled).slice",
+    )  # fmt: skip
+    in_order(
+        "void publish(", "while (!ready || !through)", "if (!ready)", "ld.acquire.gpu",
+        "__all_sync", "__syncwarp()", "barrier_arrive(tables.ready())", "if (!through)",
+        "if (ready) " + through + "_of(n))", "barrier_test(tables.through(), phase_of(n))",
+        "fence.acq_rel.gpu", "red.relaxed.gpu.global.or",
+    )  # fmt: skip
+    in_order("void fetch(", "wait_slice(n)", "barrier_expect(tables.full()", "bulk_copy(")
+    in_order(
+        "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "settle(n)",
         "ld.acquire.gpu", "p.left + slice - 2", "< target", "free_below = slice - 1",
-    )  # fmt: skip
-    in_order(
-        "void produce_tables(", "reader.next(", "barrier_wait(tables.empty(i), phase_of(n) ^ 1)",
-        full + "i), phase_of(n))", "row_tiles_of(p, item.block)", "tile == item.step) continue",
-        "ld.acquire.gpu", "seen < target", "__syncwarp()", "barrier_arrive(tables.ready(i))",
-    )  # fmt: skip
-    in_order(
-        "w4a8_prefill_down(", "reader.wait(queue, ring)",
-        "idle || item.slice > memories[threadIdx.x >> 5].slice + 1)) body.settle()",
-        "body.skip()", "with_columns(", "body.reader.release(ring)", "body.settle()",
     )  # fmt: skip

@@ -155,29 +155,25 @@ __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* co
 }
 
 // One warp: the rows of the item's tokens where they are in the order of the list, swizzled from a
-// row that is a multiple of 8 rows after the expert's first. b: (k / kPanel, rows, kPanel), or with
-// kBlocks (rows / kBlockRows, k / kPanel, kBlockRows, kPanel).
-template <bool kBlocks>
-__device__ __forceinline__ void produce_rows(const u8* b, int k, int rows, const Queue& queue,
+// row that is a multiple of 8 rows after the expert's first. b: (rows / kBlockRows, k / kPanel,
+// kBlockRows, kPanel).
+__device__ __forceinline__ void produce_rows(const u8* b, int k, const Queue& queue,
                                              const Ring& ring) {
   const int lane = threadIdx.x & 31, stages = k / kStageK;
   constexpr int kPanels = kStageK / kPanel;
-  constexpr int kPieces = kBlocks ? kTokens / kBlockRows + 1 : 1;  // of a panel of the item
+  constexpr int kPieces = kTokens / kBlockRows + 1;  // of a panel of the item
   const int panel = lane / kPieces, piece = lane % kPieces;
-  const u64 step_bytes = static_cast<u64>(kBlocks ? kBlockRows : rows) * (kPanels * kPanel);
+  constexpr u32 kStepBytes = kBlockRows * (kPanels * kPanel);
   Reader reader;
   Place place;
   for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
     if (item.kind != kMatrix) continue;
-    int begin = item.first, end = item.first + item.count;
-    u64 line = static_cast<u64>(panel) * rows;
-    if constexpr (kBlocks) {
-      const int block = item.first / kBlockRows + piece;
-      begin = max(begin, block * kBlockRows), end = min(end, (block + 1) * kBlockRows);
-      line = static_cast<u64>(block * (k / kPanel) + panel - block) * kBlockRows;
-    }
+    const int block = item.first / kBlockRows + piece;
+    const int begin = max(item.first, block * kBlockRows);
+    const int end = min(item.first + item.count, (block + 1) * kBlockRows);
+    const u64 line = static_cast<u64>(block * (k / kPanel) + panel - block) * kBlockRows;
     const u8* from = b + (line + begin) * kPanel;
     const u32 to = (panel * kTokens + begin - item.first) * kPanel;
     const bool mine = panel < kPanels && end > begin;
@@ -187,7 +183,7 @@ __device__ __forceinline__ void produce_rows(const u8* b, int k, int rows, const
       if (lane == 0) barrier_expect_all(full, item.count * kStageK, kTokenArrivals);
       __syncwarp();
       if (mine) bulk_copy(ring.stage(place.slot) + to, from, (end - begin) * kPanel, full);
-      from += step_bytes;
+      from += kStepBytes;
       place.advance(ring.size);
     }
   }
@@ -314,15 +310,17 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
                                              Way& from, bool gathered) {
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
-  const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-  const u32 w_at = kWeightsAt + wg * kTileBytes + thread * 16;
-  const u32 s_at = kScalesAt + wg * kTileScaleBytes + ((thread >> 5) * 8 + (lane >> 2)) * 4;
+  u32 tid = threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
 #pragma unroll 1
   for (int i = 0; i < stages; ++i) {
     const u32 stage = ring.stage(place.slot);
     const u64 b = panel_descriptor(stage);
+    if constexpr (Way::kReadsThread) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+    const u32 thread = tid & 127, wg = tid >> 7, lane = tid & 31;
+    const u32 w_at = kWeightsAt + wg * kTileBytes + thread * 16;
+    const u32 s_at = kScalesAt + wg * kTileScaleBytes + ((thread >> 5) * 8 + (lane >> 2)) * 4;
     barrier_wait(ring.weights_full(place.slot), place.parity());
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {

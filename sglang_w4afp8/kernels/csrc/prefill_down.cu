@@ -5,9 +5,10 @@
 // last of them adds up, in the order of k: results do not depend on timing. With expert parallelism
 // most tokens have one row or two, so little goes through memory.
 //
-// Consumers leave an item's results in shared memory and go on to the next one. Two warps, the
-// finishers, bring them to where they belong and add up meanwhile. They use few registers: what
-// sums need comes to shared memory, where each lane reads what it has asked for itself.
+// Beside the consumers there are four warps: one fills the ring, one, the clerk, claims items and
+// does what concerns other CTAs, and two add up while consumers are at the next items. They use few
+// registers: what sums need comes to shared memory, where each lane reads what it has asked for
+// itself.
 //
 // Items are claimed in order, and a tile waits for tiles with smaller numbers only, so that CTAs
 // need not all be resident. Outputs are cut into slices of `per_slice` blocks of 192, tiles run

@@ -86,6 +86,7 @@ struct Ring {
 
 // A role's way around the ring.
 struct Place {
+  static constexpr bool kReadsThread = false;
   int slot = 0;
   u32 phase = 0;
   __device__ __forceinline__ void advance(int size) {
@@ -95,8 +96,10 @@ struct Place {
   __device__ __forceinline__ int before(int size) const { return (slot == 0 ? size : slot) - 1; }
   __device__ __forceinline__ u32 parity() const { return phase; }
 };
-// The same, and the number of the item in the other bits, where there is no register for it.
+// The same where registers are short: the number of the item is in the other bits, and where
+// decoding takes most the loop over K reads its thread's number again, which is a few instructions.
 struct CountingPlace : Place {
+  static constexpr bool kReadsThread = kMinusEight && kGroups == 1;
   __device__ __forceinline__ u32 parity() const { return phase & 1; }
   __device__ __forceinline__ int number() const { return static_cast<int>(phase >> 1); }
   __device__ __forceinline__ void next_item() { phase += 2; }

@@ -55,7 +55,6 @@ __device__ void describe_owners(const PrefillRouteParams& p, int token, Place pl
   p.sorted.owners[place.row] = Owner{token, pair, parts, slot};
   const u64 to = static_cast<u64>(last) * p.sorted.most_parts + before;
   p.sorted.parts[to] = Part{slot, weight};
-  p.sorted.tiles[to] = place.tile >> 3;
 }
 
 // Four rows, 128 threads each.
@@ -132,7 +131,7 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
     for (u32 left = __ballot_sync(0xffffffffu, mine.row >= 0); left != 0; left &= left - 1) {
       const int from = __ffs(left) - 1;
       const int place = __shfl_sync(0xffffffffu, mine.row, from);
-      const u32 number = __shfl_sync(0xffffffffu, mine.tile, from) & 7;
+      const u32 number = __shfl_sync(0xffffffffu, mine.column, from);
       const u32 key = (panel == 128 ? number : number >> 1) * 16;
       store([&](int column) {
         const int in_panel = column & (panel - 1);
@@ -169,7 +168,7 @@ __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
-  __shared__ int counts[kMaxExperts], first[kMaxExperts], tiles[kMaxExperts];
+  __shared__ int counts[kMaxExperts], first[kMaxExperts];
   __shared__ int sums[2 * kWarps];
   extern __shared__ OwnTables tables[];
   pdl_wait();
@@ -180,9 +179,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   }
   const int quantizers = (p.tokens + kRows - 1) / kRows;
   if (block < p.sorters && p.own.columns != nullptr) {
-    sort_own_part(p, block, *tables, sums, first, tiles);
+    sort_own_part(p, block, *tables, sums, counts, first);
   } else if (block < p.sorters) {
-    sort_part(p, block, counts, sums, first, tiles);
+    sort_part(p, block, counts, sums, first);
   } else if (block < p.sorters + quantizers) {
     quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
   } else {

@@ -26,8 +26,8 @@ struct Lists {
 
 // Where a pair is in the list of prefill_down.cu.
 struct Place {
-  int row;   // -1: not this rank's
-  u32 tile;  // number of its tile, and 3 low bits: its column there modulo 8
+  int row;     // -1: not this rank's
+  u32 column;  // of its tile, modulo 8
 };
 
 // What prefill_down.cu wants, or place null.
@@ -35,7 +35,6 @@ struct Sorted {
   Place* place;          // (M, top_k)
   Owner* owners;         // (M * top_k)
   Part* parts;           // (M * top_k, most_parts) of rows whose count is more than 1
-  int* tiles;            // as parts: whose contribution it is, the number of its tile
   int* total;            // (1) pairs
   int* slots;            // (1) slots of y in use
   const float* weights;  // (M, top_k)
@@ -165,7 +164,7 @@ __device__ __forceinline__ u64 list_begin(const PrefillRouteParams& p, const Lis
 
 // For prefill_down.cu; prefill_sort_own.cuh has the other one.
 __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
-                          int* first, int* tiles) {
+                          int* first) {
   const int tid = threadIdx.x, begin = part * p.part_pairs;
   const int end = min(begin + p.part_pairs, p.pairs);
   int mine[kMine];  // the expert, and its pair's rank times kMaxExperts: registers are few
@@ -185,7 +184,6 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
   exchange_counts(p);
   const Begin begins = place_part(p, p.up, part, sums);
   first[tid] = begins.mine;
-  tiles[tid] = begins.tile << 8 | begins.size;  // sizes: 1 to 128
   __syncthreads();
   counts[tid] = begins.all;
   __syncthreads();
@@ -195,16 +193,15 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
     const int pair = begin + i * kThreads + tid;
     if (pair >= end) continue;
     int row = -1;
-    u32 tile = 0;
+    u32 column = 0;
     if (mine[i] >= 0) {
       const int e = mine[i] & (kMaxExperts - 1);
       row = first[e] + mine[i] / kMaxExperts;
       p.up.columns[list + row] = pair;
-      const int at = row - counts[e], size = tiles[e] & 255;  // at: among the expert's
-      tile = ((tiles[e] >> 8) + at / size) << 3 | (at & 7);
+      column = (row - counts[e]) & 7;  // tiles have multiples of 16
     }
     __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
-           static_cast<u32>(row) | static_cast<u64>(tile) << 32);
+           static_cast<u32>(row) | static_cast<u64>(column) << 32);
   }
   __syncthreads();
   if (tid == 0) {

@@ -1,12 +1,6 @@
 // Of prefill_down.cu: its arguments, what is claimed, and two warps beside the matrix unit: one
 // fills the ring, and one claims items and does for them whatever other CTAs see or wait for.
 #pragma once
-#ifndef W4_CELLS
-#define W4_CELLS 12
-#endif
-#ifndef W4_TABLES
-#define W4_TABLES 2
-#endif
 #include "prefill.cuh"
 #include "prefill_lists.cuh"
 
@@ -14,7 +8,7 @@ constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
 constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
-constexpr int kTables = W4_TABLES;  // of the item that is finished, and of the next
+constexpr int kTables = 2;  // of the item that is finished, and of the next
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
 // Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
 // writes at once, 16 outputs of every other of eight columns, is in as many banks.
@@ -22,7 +16,7 @@ constexpr int kOutStride = kRowBytes + 16;
 constexpr int kOutBytes = kTokens * kOutStride;
 constexpr int kFinishers = 2;
 constexpr int kAhead = 1;   // items that are known before the first one begins
-constexpr int kCells = W4_CELLS;  // contributions that a finisher has asked for
+constexpr int kCells = 12;  // contributions that a finisher has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
 struct PrefillDownParams {
@@ -155,13 +149,13 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, in
     bool here;
     if (is_token) {
       from = b + (static_cast<u64>(mine) * rows + item.first) * kPanel;
-      bytes = item.count * kPanel, next = next_cut = rows * kStageK;
+      bytes = item.count * kPanel, next = rows * kStageK, next_cut = next;
       here = mine < kPanels;
     } else {
       from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
              static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
              tile % kBlockTiles * (kCuts * tile_bytes);
-      bytes = next_cut = tile_bytes, next = (beside * kCuts - kCuts + 1) * tile_bytes;
+      bytes = tile_bytes, next = (beside * kCuts - kCuts + 1) * bytes, next_cut = bytes;
       here = mine < row_tiles;
     }
     for (int step = 0; step < stages; ++step) {

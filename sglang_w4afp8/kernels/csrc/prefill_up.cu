@@ -224,7 +224,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     } else if (kSorted && *p.total <= p.room) {
       if constexpr (kSorted) {
         if (warp == 2) {
-          produce_rows<true>(p.b, p.weights.k, p.room, queue, ring);
+          produce_rows(p.b, p.weights.k, queue, ring);
         } else {
           zero_beside_items(p, ring);
         }

@@ -49,8 +49,8 @@ class _Sorted(ctypes.Structure):
     """``Sorted`` in prefill_sort.cuh."""
 
     _fields_ = (
-        ("place", _P), ("owners", _P), ("parts", _P), ("tiles", _P), ("total", _P),
-        ("slots", _P), ("weights", _P), ("empty", _P), ("room", _I), ("panel", _I), ("top_k", _I),
+        ("place", _P), ("owners", _P), ("parts", _P), ("total", _P), ("slots", _P),
+        ("weights", _P), ("empty", _P), ("room", _I), ("panel", _I), ("top_k", _I),
         ("most_parts", _I),
     )  # fmt: skip
 
@@ -131,7 +131,6 @@ def launches_prefill(
             "place": 0 if own else pairs * 8,
             "owners": 0 if own else pairs * OWNER_BYTES,
             "parts": parts * PART_BYTES,
-            "part tiles": parts * 4,
             "total": 8,
             "empty": 0 if own else tokens,
             "own columns": q_rows * 8 if own else 0,
@@ -166,8 +165,8 @@ def launches_prefill(
         )  # fmt: skip
     else:
         for_sorted = _Sorted(
-            at["place"], at["owners"], at["parts"], at["part tiles"], at["total"],
-            at["total"] + 4, t.topk_weights.data_ptr(), at["empty"], plan.room, plan.panel[0],
+            at["place"], at["owners"], at["parts"], at["total"], at["total"] + 4,
+            t.topk_weights.data_ptr(), at["empty"], plan.room, plan.panel[0],
             top_k, plan.most_parts,
         )  # fmt: skip
     route_parameters = _RouteParams(

@@ -44,7 +44,7 @@ SORTED_STAGE_K = 128
 ROOM = 2.5
 """Rows of x in the order of the list, for every token: with expert parallelism tokens have fewer
 pairs than that, and where they have more, rows are gathered from x in the order of tokens."""
-SLICE_BYTES = 128 * 2**20
+SLICE_BYTES = 160 * 2**20
 """Contributions in memory, if there are as many. Two blocks of outputs must fit for all pairs."""
 BLOCK_BYTES = SORTED_WARPGROUPS * 128
 """Contributions of a pair to a block."""
@@ -229,7 +229,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     if up:
         more += (("W4_PANEL", _panel(layer.down.stage_k)), ("W4_SORTED", 1))
     else:
-        more += (("W4_PARTS", most_parts), ("W4_CELLS", CELLS), ("W4_TABLES", TABLES))
+        more += (("W4_PARTS", most_parts),)
     kernel = Kernel(
         "prefill_up.cu" if up else "prefill_down.cu",
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
