@@ -80,7 +80,7 @@ OWN_CLUSTERS = (2, 1)
 """CTAs of it that share weights, where there are as many lists. Measured on an H100: four are
 slower, as each waits for the slowest."""
 OWN_CLUSTER_K = 256
-"""Shortest K for which they do: with a shorter one there is little to share, and they wait as much."""
+"""Shortest K for which they do: a shorter one leaves little to share."""
 OWN_SORTERS = 64
 """CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
 OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
