@@ -79,7 +79,8 @@ def test_every_call_has_its_kernel_and_sorters(layer: Layer, sms: int) -> None:
         assert plan.sorters == -(-tokens // part_tokens) <= 2 * sms
         assert (plan.down.count - 1) * plan.down.parts < plan.sorters
         assert plan.sorters <= plan.down.count * plan.down.parts
-        assert c["kCluster"] == (2 if tokens > plan_prefill.own_tokens(layer) else 1)
+        shared = tokens > plan_prefill.own_tokens(layer) and c["kK"] == plan_prefill.OWN_MOST_K
+        assert c["kCluster"] == (2 if shared else 1)
         assert down.grid[0] % c["kCluster"] == 0 and down.grid[0] > sms - c["kCluster"]
         assert (plan.up.tokens == tokens) or plan.up.tokens % part_tokens == 0
         defines = dict(up.kernel.defines)

@@ -159,31 +159,44 @@ def test_every_sum_comes_to_its_column(rows: int, k: int, tiles: int) -> None:
     assert padding == base + c["kMostTokens"] * 128 and padding % 128 == 0
     assert all(added_at(0, w, lane)[1] < 128 for w, lane in product(range(4), range(32)))
     assert "i < (kMostTokens + 1) * 8; i += kConsumers" in c_text_of("void consume()")
-    piece_text = c_find(KERNEL, ("void finish(",), "lds128(")
     outputs: dict[tuple[int, int], tuple[int, ...]] = {}
     for tile, t in product(range(rows // 64), (0, 1, 2, 3, 6, 255)):
-        for piece in range(8):
-            here = scope | {"i": t * 8 + piece, "t": t, "sum_offset": sum_offset}
-            address = c_value(
-                piece_text + ")" * (piece_text.count("(") - piece_text.count(")")), here
-            )
-            for j, word in enumerate(range(address, address + 16, 4)):
-                if shape.tiles == 1:
-                    place = c_value("tile * 64 + piece * 8", {"tile": tile, "piece": piece}) + 2 * j
-                else:
-                    scope_j = {**c, "tile": tile, "piece": piece, "j": j}
-                    place = c_locals(KERNEL, "void store(", "row", scope_j)["row"]
-                    place += c_value("(piece * 4 + j) * 2 * kLayoutTiles", scope_j)
-                for half in range(2):
-                    assert (t, place + half) not in outputs, "an output twice"
-                    outputs[t, place + half] = (tile, *owners[word + 2 * half])
+        for word, place in words_written(c | {"s": s}, rows, tile, t):
+            for half in range(2):
+                assert (t, place + half) not in outputs, "an output twice"
+                outputs[t, place + half] = (tile, *owners[word + 2 * half])
     for (t, place), (tile, token, warp, g, half) in outputs.items():
         assert token == t and order[tile, warp, g, half] == place
     assert len(outputs) == 6 * rows
-    # What `store` says in words of its own.
-    body = c_text_of("void store(")
-    assert "out + tile * 64 + piece * 8)" in body
-    assert "out + row + (piece * 4 + j) * 2 * kLayoutTiles)" in body
+
+
+def words_written(scope: dict[str, Any], rows: int, tile: int, t: int) -> list[tuple[int, int]]:
+    """Of a token: addresses of words of its sums, and which output the first half of each is."""
+    job, p = SimpleNamespace(tile=tile), SimpleNamespace(out=0, weights=SimpleNamespace(rows=rows))
+    scope = scope | {"t": t, "sum_offset": sum_offset, "job": job, "p": p, "first": 0}
+    found = []
+    if scope["kLayoutTiles"] == 1:
+        of_piece = balanced(c_find(KERNEL, ("void write_rows(",), "lds128("))
+        assert "out + job.tile * 64 + (i & 7) * 8)" in c_text_of("void write_rows(")
+        for piece in range(8):
+            address = c_value(of_piece, scope | {"i": t * 8 + piece})
+            place = c_value("job.tile * 64 + (i & 7) * 8", scope | {"i": t * 8 + piece})
+            found += [(address + 4 * j, place + 2 * j) for j in range(4)]
+    else:
+        word = balanced(c_find(KERNEL, ("void write_pieces(",), "lds32("))
+        out = c_find(KERNEL, ("void write_pieces(",), "u16* out")
+        body = c_text_of("void write_pieces(")
+        assert "out + static_cast<u64>(t) * p.weights.rows) = scaled(v[j]" in body
+        for lane in range(32):
+            here = scope | {"lane": lane}
+            found.append((c_value(word, here), c_value(out, here)))
+        # A warp's words of a token are in as few sectors as they can be.
+        assert len({2 * place // 32 for _, place in found}) == 4 * scope["kLayoutTiles"]
+    return found
+
+
+def balanced(text: str) -> str:
+    return text + ")" * (text.count("(") - text.count(")"))
 
 
 def c_text_of(function: str) -> str:
