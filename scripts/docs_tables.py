@@ -75,7 +75,9 @@ def moe_results(prefill: bool = False) -> dict[str, dict[str, Any]]:
     files = [path for path in RESULTS.glob("moe-*.json") if ("-prefill" in path.stem) == prefill]
 
     def order(path: Path) -> tuple[Any, ...]:
-        return "skewed" in path.stem, [int(n) for n in re.findall(r"\d+", path.stem)], path.stem
+        # What is of one shape is its shape's own run: it comes before runs for a purpose.
+        purpose = re.search(r"-prefill-\w+$|skewed", path.stem) is not None
+        return purpose, [int(n) for n in re.findall(r"\d+", path.stem)], path.stem
 
     return {path.name: json.loads(path.read_text()) for path in sorted(files, key=order)}
 

@@ -156,7 +156,7 @@ class Route:
             down do not own outputs there is one list for both, ``up``.
         tiles: of each kind of lists that has tiles.
         header: how many a list has.
-        place: of pairs, their rows and what is said of their tiles; empty where CTAs of down own
+        place: of pairs, their rows and columns of a tile modulo 8; empty where CTAs of down own
             outputs.
         total: of pairs, for those who want to know whether there is room; the same.
         rows: ``own.rows``.
@@ -212,18 +212,16 @@ class Route:
         for number, experts in enumerate(self.local):
             begins, start = self.place_part("up", number), self.list_begin("up", number)
             scope = {**ROUTE, "first": [b.mine for b in begins], "counts": [b.all for b in begins]}
-            text = c_find(SOURCE, ("void sort_part",), "tiles[tid]")
-            scope["tiles"] = [c_value(text, {"begins": begin}) for begin in begins]
+            column = c_find(SOURCE, ("u32 column = 0;", "if (mine[i] >= 0)"), "column")
             for i, expert in enumerate(experts):
                 pair = number * self.part + i
                 self.place[pair] = -1, 0
                 if expert >= 0:
                     here = scope | {"mine": ranks[number][i : i + 1], "i": 0}
-                    here = c_locals(SOURCE, "u32 tile = 0;", "e row at size", here)
+                    here = c_locals(SOURCE, "u32 column = 0;", "e row", here)
                     assert here["e"] == expert
-                    text = c_find(SOURCE, ("u32 tile = 0;", "size = tiles"), "tile")
                     self.put("up", start + here["row"], pair)
-                    self.place[pair] = here["row"], c_value(text, here) & 0xFFFFFFFF  # a word
+                    self.place[pair] = here["row"], c_value(column, here)
 
     def sort_own(self, top_k: int) -> None:
         """``sort_own_part`` of all blocks."""

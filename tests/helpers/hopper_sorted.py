@@ -1,15 +1,19 @@
-"""The prefill path on tokens in the order of the list, on the CPU: the list, slices and items.
+"""The prefill path on tokens in the order of the list, on the CPU: lists, slices, items, results.
 
 Constants and index expressions are the kernels' own; the statements around them follow them.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
-from kernel_source import c_constants, c_find, c_locals, c_value
+from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
 ROUTE, SORT, SHARED = "prefill_route.cu", "prefill_sort.cuh", "prefill.cuh"
 UP, DOWN, TABLES = "prefill_up.cu", "prefill_down.cu", "prefill_tables.cuh"
@@ -51,21 +55,15 @@ def list_tiles(counts: list[int]) -> list[Tile]:
     return tiles
 
 
-def list_places(counts: list[int]) -> list[int]:
-    """``Place::tile`` of all rows of a list whose experts have so many."""
-    places, tile, first = [], 0, 0
+def list_columns(counts: list[int]) -> list[int]:
+    """``Place::column`` of all rows of a list whose experts have so many."""
+    text = c_find(SORT, ("u32 column = 0", "if (mine[i] >= 0)"), "column")
+    columns, first = [], 0
     for tokens in counts:
-        scope = {**ROUTED, "tokens": tokens, "lists": SimpleNamespace(together=1)}
-        cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
-        # An expert without rows has none that ask for the size.
-        scope = {"begins": SimpleNamespace(tile=tile, size=cut["size"])}
-        packed = c_value(c_find(SORT, ("tiles[tid] = begins.tile",), "tiles[tid]"), scope)
-        for i in range(tokens):
-            scope = {"e": 0, "tiles": [packed], "counts": [first], "row": first + i}
-            scope = c_locals(SORT, "u32 tile = 0", "at size", scope)
-            places.append(c_locals(SORT, "at: among", "tile", scope)["tile"])
-        tile, first = tile + cut["tiles"], first + tokens
-    return places
+        scope: dict[str, Any] = {"e": 0, "counts": [first]}
+        columns += [c_value(text, scope | {"row": first + i}) for i in range(tokens)]
+        first += tokens
+    return columns
 
 
 @dataclass(frozen=True)
@@ -191,3 +189,185 @@ class Slices:
             return None
         block = c_value(c_find(TABLES, ("struct Order",), "item.block"), scope)
         return SimpleNamespace(slice=scope["slice"], step=scope["i"], block=block)
+
+
+class Number(int):
+    """One of the accumulators, and what it is multiplied with."""
+
+    def __mul__(self, other: int) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), other
+
+
+def banks(addresses: list[int], size: int) -> int:
+    """Most words that a bank has, where lanes of a warp have ``size`` bytes at once each."""
+    most, together = 0, 128 // size
+    for first in range(0, len(addresses), together):
+        words = {
+            at // 4 + i for at in addresses[first : first + together] for i in range(size // 4)
+        }
+        most = max(most, max(Counter(word % 32 for word in words).values()))
+    return most
+
+
+Result = tuple[int, int, int, int, int]
+
+
+@cache
+def stored(columns: int) -> dict[int, Result]:
+    """Shared memory after ``run<columns>``: (wg, column, warp, g, half) of every BF16, by address.
+
+    Each has been multiplied with what is said of its column; no stores meet each other's banks.
+    """
+    c = constants(DOWN, 128)
+    memory: dict[int, Result] = {}
+    text = " ".join(c_text(DOWN).split())
+    text = text[text.index("struct DownBody") : text.index("void leave(")]
+    assert "for (int a = 0; a < kN / 2; a += 4) { const int c = a * 2 + column;" in text
+    within = ("void run()", "const int c =")
+    stores = [c_find(DOWN, (*within, *more), "sts32(") for more in ((), ("* s0));",))]
+    assert stores[0] != stores[1] and text.count(" sts32(") == 2
+    tables = SimpleNamespace(out=0, scales=0)
+
+    def scales(address: int) -> SimpleNamespace:
+        assert address % 8 == 0
+        return SimpleNamespace(x=address // 4, y=address // 4 + 1)
+
+    fixed = {**c, "tables": tables, "lds64": scales, "__uint_as_float": int}
+    fixed |= {"acc": [Number(i) for i in range(columns // 2)], "pack_bf16": lambda *two: two}
+    for a, warp in product(range(0, columns // 2, 4), range(c["kConsumers"] // 32)):
+        found: list[list[int]] = [[], []]
+        for lane, (at, store) in product(range(32), enumerate(stores)):
+            scope = fixed | {"threadIdx": SimpleNamespace(x=warp * 32 + lane), "a": a}
+            scope = c_locals(DOWN, "void run()", "thread wg lane mine column", scope)
+            scope = c_locals(DOWN, "void run() > a += 4", "c scale s0 s1", scope)
+            address, halves = c_value(store, scope)
+            assert address % 4 == 0 and address + 4 <= c["kOutBytes"]
+            found[at].append(address)
+            for half, (number, column_of_scale) in enumerate(halves):
+                # wgmma: numbers 4 b + 0, 1 are columns 8 b + 2 q and the next, 2, 3 8 rows below.
+                column = number // 4 * 8 + lane % 4 * 2 + number % 2
+                assert column == column_of_scale
+                assert address + 2 * half not in memory, "two results in one place"
+                place = warp // 4, column, warp % 4, lane // 4, number % 4 // 2
+                memory[address + 2 * half] = place
+        assert [banks(addresses, 4) for addresses in found] == [1, 1], "stores wait for each other"
+    assert len(memory) == columns * c["kRowBytes"] // 2
+    return memory
+
+
+class Adder:
+    """``add_found`` of a warp: what its first lane asks for, and what it adds to what.
+
+    A contribution is told by its column and its number among the column's.
+
+    Args:
+        c: constants.
+        parts: how many contributions columns have, those that are the last of their tokens.
+        which: of the two warps.
+        at_once: copies come at once, or else as late as the waits allow.
+    """
+
+    WITHIN, TABLE, MOST = "void add_found(", 1 << 20, 100
+
+    def __init__(self, c: dict[str, Any], parts: dict[int, int], which: int, at_once: bool) -> None:
+        self.parts, self.at_once = parts, at_once
+        self.cells: dict[int, int] = {}  # numbers of contributions that came
+        self.groups: list[list[tuple[int, int]]] = []
+        tables = SimpleNamespace(cells=0, part=self.part, owner=lambda i, column: column * 16)
+        scope = {**c, "tables": tables, "which": lambda: which, "lane": 0, "table_of": int, "n": 0}
+        scope |= {"lds32": self.owner_word, "__ffsll": lambda bits: (bits & -bits).bit_length()}
+        scope |= {"y": 0, "__uint_as_float": int}
+        self.scope = c_locals(DOWN, self.WITHIN, "kPairs kPartBytes cells", scope)
+        self.coming = self.at = self.end = 0
+        text = c_text(DOWN)
+        wait = re.search(r"async_copy_wait<(.*?)>\(\);", text[text.index(self.WITHIN) :])
+        behind = re.search(r"if \(cell == (.*?)\) cell = ", text)
+        assert wait is not None and behind is not None
+        self.pending, self.behind = c_value(wait[1], self.scope), behind[1]
+
+    def owner_word(self, address: int) -> int:
+        column, word = divmod(address, 16)
+        assert word == 8, "the third word of an owner"
+        return self.parts[column]
+
+    def part(self, table: int, column: int) -> int:
+        """Address of a column's contributions."""
+        address = self.TABLE + column * self.scope["kMostParts"] * self.scope["kPartBytes"]
+        return int(address)
+
+    def two(self, address: int) -> SimpleNamespace:
+        """Slots and weights of two contributions, as they are read together."""
+        assert address % 16 == 0, "16 bytes"
+        bytes_ = self.scope["kMostParts"] * self.scope["kPartBytes"]
+        column, inside = divmod(address - self.TABLE, bytes_)
+        assert inside + 2 * self.scope["kPartBytes"] <= bytes_, "another column's"
+        slot = column * self.MOST + inside // self.scope["kPartBytes"]
+        return SimpleNamespace(x=slot, y=slot, z=slot + 1, w=slot + 1)
+
+    def value(self, after: str, name: str, **more: Any) -> Any:
+        """Of an expression behind ``after``."""
+        return c_value(c_find(DOWN, (self.WITHIN, after), name), self.scope | more)
+
+    def column_of(self, found: int) -> int:
+        text = c_find(DOWN, ("int column_of(",), "return").replace("static_cast<long long>", "")
+        return int(c_value(text, self.scope | {"found": found}))
+
+    def ask(self, cell: int) -> None:
+        after = "coming &= coming - 1;"
+        if self.at >= self.end and self.coming != 0:
+            c = self.column_of(self.coming)
+            self.coming &= self.coming - 1
+            self.at = self.value(after, "at", c=c)
+            self.end = self.value(after, "end", c=c, at=self.at)
+        copies = []
+        if self.at < self.end:
+            more = {"two": self.two(self.at), "cell": cell}
+            copies.append(self.value(after, "async_copy16(", **more))
+            if self.at + self.scope["kPartBytes"] < self.end:
+                copies.append(self.value("if (at + kPartBytes < end)", "async_copy16(", **more))
+            self.at += self.value(after, "at +=")
+        slots = [(to, *divmod(source, self.scope["kRowBytes"])) for to, source in copies]
+        assert not any(rest for _, _, rest in slots)
+        self.groups.append([(to, slot) for to, slot, _ in slots])
+        if self.at_once:
+            self.come(0)
+
+    def come(self, pending: int) -> None:
+        """What all but the last groups have asked for."""
+        while len(self.groups) > pending:
+            self.cells |= dict(self.groups.pop(0))
+
+    def run(self, found: int) -> dict[int, list[int]]:
+        """Numbers of the contributions of each column, in the order of the additions."""
+        self.coming = found
+        for i in range(self.scope["kPairs"]):
+            self.ask(self.value("i < kPairs", "ask(", i=i))
+        sums: dict[int, list[int]] = {}
+        cell = self.value("i < kPairs", "cell")
+        while found:
+            c = self.column_of(found)
+            found &= found - 1
+            assert c not in sums, "a column twice"
+            sums[c] = []
+            part = self.value("u64 rest", "part", c=c)
+            owner = SimpleNamespace(z=self.parts[c])
+            last = self.value("u64 rest", "last", part=part, owner=owner)
+            while part < last:
+                self.come(self.pending)
+                two = self.two(part)
+                where = {"lds128": self.cells.get, "cell": cell}
+                v = {name: self.value("async_copy_wait", name, **where) for name in ("v0", "v1")}
+                adding = [self.value("async_copy_wait", "sum(", total=0, two=two, **v)]
+                if part + self.scope["kPartBytes"] < last:
+                    more = self.value("if (part + kPartBytes", "sum(", total=0, two=two, **v)
+                    adding.append(more)
+                for _, slot, weight in adding:
+                    assert slot == weight and slot // self.MOST == c, "another contribution"
+                    sums[c].append(slot % self.MOST)
+                self.ask(self.value("async_copy_wait", "ask(", cell=cell))
+                cell += self.value("async_copy_wait", "cell +=")
+                if cell == c_value(self.behind, self.scope):
+                    cell = self.value("if (cell == ", "cell")
+                part += 2 * self.scope["kPartBytes"]
+        assert not any(self.groups) and self.coming == 0
+        return sums

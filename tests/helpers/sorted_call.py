@@ -2,31 +2,39 @@
 
 The statements follow ``prefill_ring.cuh``, ``prefill_tables.cuh`` and ``prefill_down.cu``; items,
 slices and addresses are their own. A wait that never ends, a contribution that is read before it is
-published or after it was overwritten, results that are overwritten before they are through, and a
-table that is another item's all show. Of a warpgroup there are two warps, which do not go in step.
+published or after it was overwritten, and tables, scales and results that are another item's all
+show. Of a warpgroup there are two warps, which do not go in step.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 from hopper_sorted import DOWN, TABLES, Slices, constants
 from kernel_source import c_find, c_value
-from simulated_warps import Barrier, Warp, run_warps
+from simulated_warps import Barrier, Wait, Warp, run_warps
 
 WGS, WARPS, FINISHERS = 3, 2, 2
 TILE = 4
-"""Most columns; a finisher has half of them."""
-CELLS = 3
-"""Contributions that are asked for ahead."""
+"""Most columns; an adder has half of them."""
+PAIRS = 2
+"""Pairs of contributions that are asked for ahead."""
 
 
 def now() -> bool:
     """For a warp that lets others go first."""
     return True
+
+
+def pairs_of(owner: SimpleNamespace) -> list[list[int]]:
+    """Slots of a column's contributions, two by two."""
+    slots = [slot for slot, _ in owner.parts]
+    return [slots[i : i + 2] for i in range(0, len(slots), 2)]
 
 
 class Problem:
@@ -88,18 +96,15 @@ class Call:
     ) -> None:
         self.problem, self.slices, self.broken, self.late = problem, slices, broken, late
         self.stages, self.ring = shape
-        self.dynamic = seed % 2 == 1
         self.random = random.Random(seed)
         self.on_the_way: list[Callable[[], None]] = []
         self.claimed = 0
         self.y: dict[tuple[int, int, int], tuple[int, int]] = {}  # by block's buffer, wg, slot
         self.done: set[tuple[int, int]] = set()
-        self.left = [0] * slices.count()
+        self.left, self.several = [0] * slices.count(), slices.count() > 2
         self.out: dict[tuple[int, int], list[int]] = {}  # slots that were added up
         c = constants(DOWN, 128)
-        self.queue = c["kQueue"]
-        # With tables fewer than the kernel's the numbers are the same expressions.
-        self.tables = 1 if broken == "one table" else c["kTables"]
+        self.queue, self.tables, self.ahead = c["kQueue"], c["kTables"], c["kAhead"]
         assert c["kFinishers"] == FINISHERS
         self.items: dict[int, Any] = {}
         self.buffers = {
@@ -120,11 +125,12 @@ class Call:
             stage_full=[Barrier(1) for _ in range(self.ring)],
             stage_empty=[Barrier(warps) for _ in range(self.ring)],
             tables=[None] * self.tables,
-            full=Barrier(1),
-            written=Barrier(warps),
-            through=Barrier(FINISHERS),
-            ready=Barrier(1),
-            results=[[None] * TILE for _ in range(WGS)],  # `out`: the item's number of a column
+            full=[Barrier(1) for _ in range(self.tables)],
+            stored=[Barrier(warps) for _ in range(self.tables)],
+            scaled=Barrier(1),
+            scales=[None] * TILE,  # the item's number
+            named=[Barrier(WARPS) for _ in range(WGS)],
+            results=[[[None] * TILE for _ in range(WARPS)] for _ in range(WGS)],  # `out`, the same
             not_ended=warps + 2 + FINISHERS,
         )
 
@@ -137,13 +143,11 @@ class Call:
             mine += [self.consume(cta, wg, warp) for wg in range(WGS) for warp in range(WARPS)]
             warps += [self.counted(rank, warp) for warp in mine]
         run_warps(warps, self.random, self.on_the_way)
-        assert not self.on_the_way
         for token, slots in self.problem.tokens.items():
             for row_tile in range(self.slices.row_tiles):
                 assert self.out.pop((token, row_tile), None) == slots, "another sum"
-        assert not self.out
-        if self.slices.count() > 2:
-            assert self.left == self.targets, "a slice that is not left"
+        assert not self.out and not self.on_the_way
+        assert not self.several or self.left == self.targets, "a slice that is not left"
 
     def counted(self, rank: int, warp: Warp) -> Warp:
         if self.late and rank > 0:
@@ -162,16 +166,15 @@ class Call:
         assert number == n, "another item"
         return item
 
-    def next(self, cta: SimpleNamespace, n: int) -> Any:
-        yield cta.queue_full[n % self.queue].passed(n // self.queue & 1)
-        item = self.look(cta, n)
-        yield now
-        cta.queue_empty[n % self.queue].arrive()
-        return item
-
     def produce_stages(self, cta: SimpleNamespace) -> Warp:
         n = at = 0
-        while (yield from self.next(cta, n)) is not None:
+        while True:
+            yield cta.queue_full[n % self.queue].passed(n // self.queue & 1)
+            item = self.look(cta, n)
+            yield now
+            cta.queue_empty[n % self.queue].arrive()
+            if item is None:
+                return
             for step in range(self.stages):
                 slot = at % self.ring
                 yield cta.stage_empty[slot].passed(at // self.ring & 1 ^ 1)
@@ -186,45 +189,58 @@ class Call:
             n += 1
 
     # ---- tables ----------------------------------------------------------------------------------
-    def table(self, n: int) -> int:
-        """Number of the n-th item's."""
-        text = c_find(TABLES, ("int table_of(",), "return")
+    def value(self, name: str, n: int) -> int:
+        """What a function of an item's number returns."""
+        text = c_find(TABLES, (f" {name}(int n)",), "return")
         return int(c_value(text, {"n": n, "kTables": self.tables}))
 
-    def phase(self, n: int) -> int:
-        return int(c_value(c_find(TABLES, ("u32 phase_of(",), "return"), {"n": n}))
+    def barrier(self, cta: SimpleNamespace, name: str, n: int) -> tuple[Barrier, Wait]:
+        """``full`` or ``stored`` of the n-th item, and whether its phase has ended."""
+        at, parity = self.value("table_of", n), self.value("table_phase", n)
+        if self.broken == f"one {name}":
+            at, parity = 0, n & 1
+        barrier: Barrier = getattr(cta, name)[at]
+        return barrier, barrier.passed(parity)
+
+    def passed(self, cta: SimpleNamespace, name: str, n: int) -> Wait:
+        return self.barrier(cta, name, n)[1]
 
     def owner(self, cta: SimpleNamespace, n: int, tile: int, c: int) -> SimpleNamespace:
-        assert cta.tables[self.table(n)] == n, "another item's table"
+        assert cta.tables[self.value("table_of", n)] == n, "another item's table"
         return self.problem.owners[tile, c]
 
     # ---- the clerk -------------------------------------------------------------------------------
     def clerk(self, cta: SimpleNamespace) -> Warp:
-        me = SimpleNamespace(cta=cta, settled=0, free_below=0)
-        next_, self.claimed = self.claimed, self.claimed + 1
-        i, items = 0, 1 << 30
-        while i < items + self.queue - 1:
-            item = None
-            if i <= items:
-                number, next_ = next_, self.claimed
-                self.claimed += 1
-                item = self.described(number)
-            yield from self.settle(me, i - self.queue + 1)
-            if i <= items:
-                cta.items[i % self.queue] = i, item
-                yield now
-                cta.queue_full[i % self.queue].arrive()
-                if item is None:
-                    items = i
-            steps = [(self.publish, i - self.queue + 1), (self.fetch, i - self.queue + 2)]
-            if self.broken == "fetch first":
-                steps = steps[::-1]
-            for step, n in steps:
-                if 0 <= n < items:
-                    yield from step(me, n)
-            i += 1
+        me = SimpleNamespace(cta=cta, settled=0, free_below=0, posted=0, items=1 << 30)
+        me.next, self.claimed = self.claimed, self.claimed + 1
+        for _ in range(self.ahead):
+            yield from self.post(me)
+        n = 0
+        while n < me.items:
+            yield from self.post(me)
+            early = self.broken == "fetch first"
+            if n == 0 or not early:
+                yield from self.fetch(me, n)
+            yield from self.scale(me, n)
+            if early and n + 1 < me.items:
+                yield from self.fetch(me, n + 1)
+            yield from self.publish(me, n)
+            n += 1
         if self.broken != "end":
-            yield from self.settle(me, items)
+            yield from self.settle(me, me.items)
+
+    def post(self, me: SimpleNamespace) -> Warp:
+        if me.posted > me.items:
+            return
+        item = self.described(me.next)
+        me.next, self.claimed = self.claimed, self.claimed + 1
+        yield from self.settle(me, me.posted - self.queue + 1)
+        me.cta.items[me.posted % self.queue] = me.posted, item
+        yield now
+        me.cta.queue_full[me.posted % self.queue].arrive()
+        if item is None:
+            me.items = me.posted
+        me.posted += 1
 
     def settle(self, me: SimpleNamespace, count: int) -> Warp:
         while me.settled < count:
@@ -232,50 +248,59 @@ class Call:
             yield me.cta.queue_empty[n % self.queue].passed(n // self.queue & 1)
             yield now
             if self.broken != "early":
-                self.left[self.look(me.cta, n).slice] += 1
+                self.left[self.look(me.cta, n).slice] += self.several
             me.settled += 1
 
     def publish(self, me: SimpleNamespace, n: int) -> Warp:
         item, cta = self.look(me.cta, n), me.cta
-        waits = {"ready": lambda: self.are_done(item), "through": cta.through.passed(self.phase(n))}
-        if self.broken == "through":
+        if self.broken == "publish":
             self.done.add((item.step, item.block))
-        while waits:
-            yield lambda: any(wait() for wait in waits.values())
-            there = self.random.choice([name for name, wait in waits.items() if wait()])
-            del waits[there]
-            yield now
-            if there == "ready":
-                cta.ready.arrive()
-            else:
-                self.done.add((item.step, item.block))
-                if self.broken == "early":
-                    self.left[item.slice] += 1
-
-    def are_done(self, item: Any) -> bool:
-        before = range(item.step if self.broken != "done" else 0)
-        return all((tile, item.block) in self.done for tile in before)
+        yield self.passed(cta, "stored", n)
+        self.done.add((item.step, item.block))
+        if self.broken == "early":
+            self.left[item.slice] += self.several
 
     def fetch(self, me: SimpleNamespace, n: int) -> Warp:
-        cta, at = me.cta, self.look(me.cta, n).slice
-        if at >= 2 and me.free_below <= at - 2 and self.broken != "slice":
-            if self.broken != "settle":
-                yield from self.settle(me, n)
-            fewer = self.slices.tiles if self.broken == "target" else 0
-            yield lambda: self.left[at - 2] >= self.targets[at - 2] - fewer
-            me.free_below = at - 1
-        cta.full.arrive(1)
+        cta = me.cta
+        yield from self.settle(me, n - self.tables + (self.broken != "table"))
+        if self.broken != "slice":
+            yield from self.wait_slice(me, n)
+        full, _ = self.barrier(cta, "full", n)
+        full.arrive(1)
 
         def copy() -> None:
-            cta.tables[self.table(n)] = n
-            cta.full.came(1)
+            cta.tables[self.value("table_of", n)] = n
+            full.came(1)
 
         self.on_the_way.append(copy)
         yield now
 
+    def wait_slice(self, me: SimpleNamespace, n: int) -> Warp:
+        at = self.look(me.cta, n).slice
+        if at < 2 or me.free_below > at - 2:
+            return
+        last = n
+        while last > me.settled and self.look(me.cta, last - 1).slice > at - 2:
+            last -= 1
+        if self.broken != "settle":
+            yield from self.settle(me, last)
+        fewer = self.slices.tiles if self.broken == "target" else 0
+        yield lambda: self.left[at - 2] >= self.targets[at - 2] - fewer
+        me.free_below = at - 1
+
+    def scale(self, me: SimpleNamespace, n: int) -> Warp:
+        cta = me.cta
+        yield self.passed(cta, "full", n)
+        for c in range(TILE):
+            if c < self.problem.counts[self.look(cta, n).step]:
+                self.owner(cta, n, self.look(cta, n).step, c)
+            cta.scales[c] = n
+            yield now
+        cta.scaled.arrive()
+
     # ---- consumers -------------------------------------------------------------------------------
     def consume(self, cta: SimpleNamespace, wg: int, warp: int) -> Warp:
-        me = SimpleNamespace(cta=cta, wg=wg, n=0, at=0)
+        me = SimpleNamespace(cta=cta, wg=wg, warp=warp, n=0, at=0, syncs=0)
         while True:
             yield cta.queue_full[me.n % self.queue].passed(me.n // self.queue & 1)
             item = self.look(cta, me.n)
@@ -283,21 +308,40 @@ class Call:
                 return
             idle = item.block * WGS + wg >= self.slices.row_tiles
             yield from self.multiply(me)
-            if self.broken != "out" and not (idle and self.broken == "idle"):
-                yield cta.through.passed(self.phase(me.n) ^ 1)
+            if self.broken != "scaled" and not (idle and self.broken == "idle"):
+                yield cta.scaled.passed(self.value("phase_of", me.n))
             if not idle:
-                if self.dynamic:
-                    yield cta.full.passed(self.phase(me.n))
-                for c in range(warp, TILE, WARPS):
-                    if self.dynamic and c < self.problem.counts[item.step]:
-                        self.owner(cta, me.n, item.step, c)
-                    cta.results[wg][c] = me.n
-                    yield now
-            cta.written.arrive()
+                yield from self.leave(me, item)
+            self.barrier(cta, "stored", me.n)[0].arrive()
             yield now
             self.look(cta, me.n)
             cta.queue_empty[me.n % self.queue].arrive()
             me.n += 1
+
+    def sync(self, me: SimpleNamespace) -> Warp:
+        """Of the warps of a warpgroup."""
+        phase, me.syncs = me.syncs & 1, me.syncs + 1
+        me.cta.named[me.wg].arrive()
+        yield me.cta.named[me.wg].passed(phase)
+
+    def leave(self, me: SimpleNamespace, item: Any) -> Warp:
+        """``run`` from the first barrier on, then ``leave``."""
+        yield from self.sync(me)
+        for c in range(TILE):
+            assert me.cta.scales[c] == me.n, "scales of another item"
+            me.cta.results[me.wg][me.warp][c] = me.n
+            yield now
+        if self.broken != "written":
+            yield from self.sync(me)
+        at = self.buffers[item.slice, item.block]
+        for c in range(me.warp, self.problem.counts[item.step], WARPS):
+            owner = self.owner(me.cta, me.n, item.step, c)
+            assert {of[c] for of in me.cta.results[me.wg]} == {me.n}, "results of another item"
+            if owner.slot >= 0:
+                self.y[at, me.wg, owner.slot] = owner.slot, item.block
+            else:
+                self.store(owner.token, item.block * WGS + me.wg, [])
+            yield now
 
     def multiply(self, me: SimpleNamespace) -> Warp:
         for step in range(self.stages):
@@ -308,7 +352,7 @@ class Call:
             me.cta.stage_empty[slot].arrive()
             me.at += 1
 
-    # ---- finishers -------------------------------------------------------------------------------
+    # ---- who adds up -----------------------------------------------------------------------------
     def finish(self, cta: SimpleNamespace, which: int) -> Warp:
         n = 0
         while True:
@@ -316,80 +360,41 @@ class Call:
             item = self.look(cta, n)
             if item is None:
                 return
-            phase = self.phase(n)
-            if self.broken != "full":
-                yield cta.full.passed(phase)
-            if self.broken != "written":
-                yield cta.written.passed(phase)
-            yield from self.leave(cta, n, item, which)
-            cta.through.arrive()
-            if self.broken != "sync":
-                yield cta.through.passed(phase)
-            if self.broken != "ready":
-                yield cta.ready.passed(phase)
+            yield self.passed(cta, "full", n)
+            if self.broken != "stored":
+                yield self.passed(cta, "stored", n)
+            if self.broken != "tiles":
+                yield partial(self.are_done, item)
             yield from self.add_up(cta, n, item, which)
             self.look(cta, n)
             cta.queue_empty[n % self.queue].arrive()
             n += 1
 
-    def row_tiles(self, item: Any) -> range:
-        return range(self.slices.row_tiles_of(item.block))
+    def are_done(self, item: Any) -> bool:
+        return all((tile, item.block) in self.done for tile in range(item.step))
 
-    def leave(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
+    def contributions(self, item: Any, slots: list[int]) -> None:
         at = self.buffers[item.slice, item.block]
-        for c in range(which, self.problem.counts[item.step], FINISHERS):
-            owner = self.owner(cta, n, item.step, c)
-            for wg in self.row_tiles(item):
-                assert cta.results[wg][c] == n, "results of another item"
-                if owner.slot >= 0:
-                    self.y[at, wg, owner.slot] = owner.slot, item.block
-                else:
-                    self.store(owner.token, item.block * WGS + wg, [])
-            yield now
-
-    def contribution(self, item: Any, slot: int) -> None:
-        at = self.buffers[item.slice, item.block]
-        for wg in self.row_tiles(item):
-            there = self.y.get((at, wg, slot)) == (slot, item.block)
-            assert there, "a contribution that is not there"
+        for slot, wg in product(slots, range(self.slices.row_tiles_of(item.block))):
+            there = self.y.get((at, wg, slot))
+            assert there == (slot, item.block), "a contribution that is not there"
 
     def add_up(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
         mine = range(which, self.problem.counts[item.step], FINISHERS)
         owners = [self.owner(cta, n, item.step, c) for c in mine]
-        coming = [slot for owner in owners for slot, _ in owner.parts]
-        for slot in coming[:CELLS]:
-            self.contribution(item, slot)
-        asked = CELLS
+        coming = iter([pair for owner in owners for pair in pairs_of(owner)])
+        for _ in range(PAIRS):
+            self.contributions(item, next(coming, []))
         for c, owner in zip(mine, owners, strict=True):
-            for slot, _ in owner.parts:
+            for pair in pairs_of(owner):
                 yield now
-                self.contribution(item, slot)  # it may come as late as this
-                for next_slot in coming[asked : asked + 1]:
-                    self.contribution(item, next_slot)
-                asked += 1
+                self.contributions(item, pair)  # they may come as late as this
+                self.contributions(item, next(coming, []))
                 self.owner(cta, n, item.step, c)
-            for wg in self.row_tiles(item):
-                if owner.parts:
-                    slots = [slot for slot, _ in owner.parts]
-                    self.store(owner.token, item.block * WGS + wg, slots)
+            slots = [slot for slot, _ in owner.parts]
+            for wg in range(self.slices.row_tiles_of(item.block) if slots else 0):
+                self.store(owner.token, item.block * WGS + wg, slots)
 
     def store(self, token: int, row_tile: int, slots: list[int]) -> None:
         assert (token, row_tile) not in self.out, "an output twice"
         self.out[token, row_tile] = slots
-
-
-def random_call(seed: int, broken: str = "") -> Call:
-    """Few tiles and many slices as often as not; warpgroups without a row tile, too."""
-    order = random.Random(seed)
-    counts = [order.randint(1, TILE) for _ in range(order.randint(1, 5))]
-    problem = Problem(order, counts, order.randint(1, 2 * len(counts)))
-    block_bytes = max(problem.slots, 1) * WGS * 128
-    slices = Slices(
-        order.randint(1, 16),
-        len(counts),
-        problem.slots,
-        order.choice((2, 2, 3, 4, 9)) * block_bytes,
-    )
-    shape = order.randint(1, 3), order.randint(2, 4)
-    ctas = order.choice((1, 2, 2, 3, 5))
-    return Call(problem, slices, seed, ctas, shape, order.random() < 0.1, broken)

@@ -1,7 +1,8 @@
 """The prefill path without a GPU: the order of its items, and the slices of down's outputs.
 
 Constants and most index expressions are the kernels' own (``tests/helpers/kernel_source.py``); the
-statements around them follow ``prefill_ring.cuh``, ``prefill_up.cu`` and ``prefill_tables.cuh``.
+statements around them follow ``prefill_ring.cuh``, ``prefill_up.cu``, ``prefill_down.cu`` and
+``prefill_tables.cuh``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kernel_source import c_constants, c_find, c_locals, c_value
 from sglang_w4afp8.kernels.hopper.build import CSRC
 
 UP, RING = "prefill_up.cu", "prefill_ring.cuh"
-TABLES = "prefill_tables.cuh"
+TABLES, DOWN = "prefill_tables.cuh", "prefill_down.cu"
 Item = dict[str, int]
 
 
@@ -178,27 +179,31 @@ def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, ro
 
 @pytest.mark.parametrize(("tiles", "blocks"), [(1, 1), (32, 2), (33, 1), (70, 3), (1100, 1)])
 def test_an_item_waits_for_all_tiles_before_it_and_no_other(tiles: int, blocks: int) -> None:
-    """``publish``: a bit for each tile of a block; lanes look at all words up to the item's."""
-    body = " ".join((CSRC / TABLES).read_text().split())
-    assert "for (int w = lane; w <= word; w += 32) {" in body
-    assert "all = all && (seen & wanted) == wanted;" in body
-    bit = '"l"(done + word), "r"(1u << step % 32)'
-    assert body.count(bit) == 1
-    within, words = "void publish(", -(-tiles // 32)
+    """``publish`` and ``wait_tiles``: a bit for each tile of a block, words for lanes in turn."""
+    body, waiting = (" ".join((CSRC / file).read_text().split()) for file in (TABLES, DOWN))
+    assert "for (int w = threadIdx.x & 31; w <= word; w += 32) {" in waiting
+    assert "all = all && (seen & wanted) == wanted;" in waiting
+    assert "while (!__all_sync(0xffffffffu, all));" in waiting
+    (at_bit,) = re.findall(r'\[%0\], %1;" ::"l"\((done [^)]*)\), "r"\((1u << .*?)\) :', body)
+    words = -(-tiles // 32)
     set_by: dict[tuple[int, int], tuple[int, int]] = {}  # words of `done` and their bits
     waits: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for step, block in product(range(tiles), range(blocks)):
         item = SimpleNamespace(step=step, block=block)
         scope = {"item": {0: item}.__getitem__, "n": 0, "p": SimpleNamespace(done=0)}
-        scope |= {"slices": SimpleNamespace(tiles=tiles), "step": step}
-        scope = c_locals(TABLES, within, "word done", scope)
-        at = scope["done"] + scope["word"], c_value("1u << step % 32", scope).bit_length() - 1
+        scope |= {"slices": SimpleNamespace(tiles=tiles)}
+        place = c_locals(TABLES, "void publish(", "step done", scope)
+        word, bit = (c_value(text, place) for text in at_bit)
+        assert bit.bit_count() == 1
+        at = word, bit.bit_length() - 1
         assert at not in set_by and 0 <= at[0] < blocks * words and at[1] < 32
         set_by[at] = step, block
         waits[step, block] = set()
+        scope = c_locals(DOWN, "void wait_tiles(", "step word done", scope)
         for w in range(scope["word"] + 1):
-            wanted = c_value(c_find(TABLES, (within,), "wanted"), scope | {"w": w})
+            wanted = c_value(c_find(DOWN, ("void wait_tiles(",), "wanted"), scope | {"w": w})
             places = {(scope["done"] + w, i) for i in range(32) if wanted >> i & 1}
+            assert wanted < 1 << 32
             waits[step, block] |= places
     for (step, block), places in waits.items():
         assert {set_by[at] for at in places} == {(tile, block) for tile in range(step)}

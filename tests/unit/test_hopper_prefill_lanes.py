@@ -49,10 +49,9 @@ ARRIVALS = {
         "turn(i / 4, i % 4)": (0, 1),
     },
     TABLES: {
-        "full()": COPIES,
-        "written()": (0, 8),
-        "through()": (0, 2),
-        "ready()": (0, 1),  # who has seen that all is there
+        "scaled()": (0, 1),  # the clerk
+        "full(i)": COPIES,
+        "stored(i)": (0, 8),
     },
     "gemm.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "own_down.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
@@ -63,7 +62,7 @@ ARRIVALS = {
 # Arrivals that are no warp's; their number in a file, by their line.
 OTHERS = {
     (RING, "barrier_arrive(bar);"): 1,  # claim: one lane works
-    (TABLES, "barrier_arrive(ring.queue_bars + i % kQueue * 16);"): 1,  # as claim
+    (TABLES, "barrier_arrive(ring.queue_bars + posted % kQueue * 16);"): 1,  # as claim
     (RING, "if (lane < kCluster) barrier_arrive_at(empty, lane);"): 1,  # a lane for each CTA
     (RING, "for (u32 to = 0; to < kCluster; ++to) barrier_arrive_at(empty, to);"): 1,  # all lanes
     (JOBS, "for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i), kLanes);"): 1,
@@ -71,7 +70,8 @@ OTHERS = {
     (JOBS, "barrier_arrive_at(bar, to);"): 1,
 }
 # `… &&` before it or `&& …` behind it may say whether the warp arrives at all.
-GUARD = r"^if \(([^|]*\()?kEveryLane \|\| (lane|\(threadIdx\.x & 31\)) == 0(\)[^|]*)?\) \w*arrive"
+LANE = r"(lane(\(\))?|\(threadIdx\.x & 31\))"
+GUARD = rf"^if \(([^|]*\()?kEveryLane \|\| {LANE} == 0(\)[^|]*)?\) \w*arrive"
 SOURCES = sorted(path.name for path in build.CSRC.glob("*.cu*") if path.name != "primitives.cuh")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate, pairwise, product
 from math import gcd
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kernel_source import c_constants, c_find, c_offsets, c_value
+from kernel_source import c_constants, c_find, c_locals, c_offsets, c_value
 
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
@@ -48,9 +49,7 @@ TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(4
 def kernel_bytes(source: str, c: dict[str, Any], ring: int) -> tuple[int, int]:
     """Dynamic shared memory that ``make_ring`` lays out at the worst address, and static."""
     static = 32 * c["kQueue"]  # struct Item
-    if source == "prefill_down.cu":
-        static += c["kConsumers"] // 32 * 4
-    else:
+    if source != "prefill_down.cu":
         static += c["kWgs"] * (c["kGatherBytes"] + 4)
     more = {"Tables": SimpleNamespace(bytes=lambda: c_value(TABLE_BYTES, c))}
     extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING | more)[2]
@@ -116,15 +115,23 @@ def test_kernels_agree_on_the_order_of_the_list(layer: Layer) -> None:
     # A token has no more rows than experts; bulk copies are of 16 bytes at 16 bytes.
     assert plan.most_parts >= layer.top_k and plan.most_parts * sizes[1] % 16 == 0
     assert c[1]["kTableBytes"] % 16 == c[1]["kOwnerBytes"] % 16 == 0
-    asked = c[1]["kFinishers"] * c[1]["kCells"] * c[1]["kRowBytes"]
-    assert c[1]["kFinishers"] * c[1]["kCells"] == plan_prefill.FINISHERS * plan_prefill.CELLS
-    assert c[1]["kRowBytes"] == plan_prefill.BLOCK_BYTES
-    behind = c[1]["kWgs"] * c[1]["kOutBytes"] + c[1]["kTables"] * c[1]["kTableBytes"] + asked
-    bars = [
-        c_value(c_find("prefill_tables.cuh", (f"u32 {name}()",), "return"), {"bars": behind})
-        for name in ("full", "written", "through", "ready")
-    ]
-    assert len({*bars}) == 4 and max(bars) + 8 <= c_value(TABLE_BYTES, c[1])
+    assert (c[1]["kFinishers"], c[1]["kCells"]) == (plan_prefill.FINISHERS, plan_prefill.CELLS)
+    assert c[1]["kRowBytes"] == plan_prefill.BLOCK_BYTES and c[1]["kCells"] % 2 == 0
+    # Behind the stages: one after the other, and barriers that are nobody else's.
+    found = c_locals("prefill_tables.cuh", "Tables at(", "tables cells scales", c[1] | {"begin": 0})
+    made = c_find("prefill_tables.cuh", ("Tables at(",), "return").replace("Tables{", "(")
+    begins = c_value(made.replace("}", ")"), found)
+    sizes = [c[1]["kOutStride"] * c[1]["kTokens"], c[1]["kTables"] * c[1]["kTableBytes"]]
+    sizes += [c[1]["kFinishers"] * c[1]["kCells"] * c[1]["kRowBytes"], 4 * c[1]["kTokens"]]
+    assert begins == tuple(accumulate(sizes, initial=0)) and all(at % 16 == 0 for at in begins)
+    scope: dict[str, Any] = {"bars": begins[-1], "table_of": lambda n: n}
+    bars = [c_value(c_find("prefill_tables.cuh", ("u32 scaled()",), "return"), scope)]
+    for name, n in product(("full", "stored"), range(c[1]["kTables"])):
+        text = c_find("prefill_tables.cuh", (f"u32 {name}(int n)",), "return")
+        bars.append(c_value(text, scope | {"n": n}))
+    apart = [b - a for a, b in pairwise(sorted(bars))]
+    assert min(bars) == begins[-1] and min(apart) >= 8 and all(bar % 8 == 0 for bar in bars)
+    assert max(bars) + 8 <= c_value(TABLE_BYTES, c[1])
 
 
 def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: int) -> None:
@@ -273,12 +280,12 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         assert (mine.top_k, mine.most_parts) == (layer.top_k, plan.most_parts)
         parts = pairs * plan.most_parts
         assert room(mine.place) >= 8 * pairs and room(mine.owners) >= 16 * pairs
-        assert room(mine.parts) >= 8 * parts and room(mine.tiles) >= 4 * parts
+        assert room(mine.parts) >= 8 * parts
         assert mine.slots == mine.total + 4 and room(mine.slots) >= 4
         assert room(mine.empty) >= tokens and up.tokens == tokens
         at = [mine.place, mine.owners, mine.parts, route.xq, up.q, down.y]
         assert all(address % 16 == 0 for address in at), "vectors and bulk copies"
-        at += [mine.tiles, mine.total, mine.empty, route.counts, lists.tiles, lists.columns]
+        at += [mine.total, mine.empty, route.counts, lists.tiles, lists.columns]
         assert len({*at, route.zeros, lists.header}) == len(at) + 2, "two things in one place"
         # x in the order of the list, or of tokens
         assert room(route.xq) >= max(tokens, plan.room) * layer.hidden
@@ -302,12 +309,12 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
 
 
 def test_memory_of_a_long_call_with_expert_parallelism() -> None:
-    """280 MiB are x in the order of the list, 256 q, 128 contributions; 16 say what rows are."""
+    """280 MiB are x in the order of the list, 256 q, 160 contributions; 16 say what rows are."""
     layer, tokens = Layer(32, 7168, 2048, 128, 128, 8, False, False), 16_384
     plan = planned(layer, tokens, 132)
     route, *_ = meta(layer, tokens, plan)
     large = plan.room * layer.hidden + tokens * layer.top_k * layer.inner + plan.slice_bytes
-    assert large == (280 + 256 + 128) * 2**20
+    assert large == (280 + 256 + 160) * 2**20
     assert route.workspace._memory.numel() - large < 16 * 2**20
 
 

@@ -22,7 +22,7 @@ from hopper_sorted import (
     Tile,
     constants,
     down_copies,
-    list_places,
+    list_columns,
     list_tiles,
 )
 from kernel_source import c_find, c_locals, c_text, c_value
@@ -54,11 +54,11 @@ def write(memory: np.ndarray, address: np.ndarray, row: np.ndarray, column: np.n
 
 def written_x(counts: list[int], hidden: int, panel: int, room: int) -> np.ndarray:
     """``quantize_rows``, for all pairs of a list."""
-    tiles = np.array(list_places(counts))[:, None]
-    rows, columns = np.arange(len(tiles))[:, None], np.arange(0, hidden, UNIT)[None, :]
+    numbers = np.array(list_columns(counts))[:, None]
+    rows, columns = np.arange(len(numbers))[:, None], np.arange(0, hidden, UNIT)[None, :]
     memory = np.full(room * hidden // UNIT, -1)
     p = SimpleNamespace(sorted=SimpleNamespace(panel=panel), hidden=hidden, xq=0)
-    scope: dict[str, Any] = {**ROUTED, "p": p, "mine": SimpleNamespace(row=rows, tile=tiles)}
+    scope: dict[str, Any] = {**ROUTED, "p": p, "mine": SimpleNamespace(row=rows, column=numbers)}
     scope |= {"__shfl_sync": lambda mask, value, lane: value, "from": 0, "column": columns}
     scope = c_locals(ROUTE, "const int panel", "panel panels", scope)
     scope = c_locals(ROUTE, "u32 left", "place number key in_panel line", scope)
@@ -191,13 +191,13 @@ def test_tiles_begin_where_the_swizzle_does() -> None:
     order = random.Random(5)
     for _ in range(40):
         counts = [order.choice((0, 1, 17, 128, 129, order.randint(1, 900))) for _ in range(9)]
-        tiles, places = list_tiles(counts), list_places(counts)
-        assert len(places) == sum(tile.count for tile in tiles) == sum(counts)
+        tiles, columns = list_tiles(counts), list_columns(counts)
+        assert len(columns) == sum(tile.count for tile in tiles) == sum(counts)
         for tile in tiles:
             assert 0 < tile.count <= 128
             assert (tile.first - sum(counts[: tile.expert])) % 8 == 0
             for i in range(tile.count):
-                assert places[tile.first + i] == tile.number << 3 | i % 8
+                assert columns[tile.first + i] == i % 8
 
 
 @pytest.mark.parametrize("hidden", [64, 128, 320, 4096, 7168, 7232])

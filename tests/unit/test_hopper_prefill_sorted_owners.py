@@ -1,7 +1,7 @@
 """What down is told of its rows, and where their results go, without a GPU.
 
-Expressions are the kernels' own; the statements around them follow ``prefill_route.cu`` and
-``prefill_down.cu``.
+Expressions are the kernels' own; the statements around them follow ``prefill_route.cu``,
+``prefill_down.cu`` and ``prefill_tables.cuh``.
 """
 
 from __future__ import annotations
@@ -9,13 +9,22 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from functools import cache
 from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hopper_sorted import DOWN, ROUTE, Slices, constants, list_places
+from hopper_sorted import (
+    DOWN,
+    ROUTE,
+    TABLES,
+    Adder,
+    Slices,
+    banks,
+    constants,
+    list_tiles,
+    stored,
+)
 from kernel_source import c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.layout import _row_order
@@ -30,38 +39,35 @@ class Owners:
     """``describe_owners`` for all tokens.
 
     Args:
-        places: of pairs: row (-1: another rank's) and tile; a list of ``top_k`` for each token.
+        rows: of pairs in the list (-1: another rank's), ``top_k`` for each token.
         most_parts: room of a token.
         order: of the warps' atomics.
     """
 
-    def __init__(
-        self, places: list[list[tuple[int, int]]], most_parts: int, order: random.Random
-    ) -> None:
+    def __init__(self, rows: list[list[int]], most_parts: int, order: random.Random) -> None:
         self.owners: dict[int, tuple[int, Any, Any, int]] = {}
         self.parts: dict[int, tuple[int, Any]] = {}
-        self.tiles: dict[int, int] = {}
-        self.slots, self.most_parts, self.top_k = 0, most_parts, len(places[0])
-        for token in order.sample(range(len(places)), len(places)):
-            self.warp(token, places[token])
+        self.slots, self.most_parts, self.top_k = 0, most_parts, len(rows[0])
+        for token in order.sample(range(len(rows)), len(rows)):
+            self.warp(token, rows[token])
 
-    def warp(self, token: int, places: list[tuple[int, int]]) -> None:
+    def warp(self, token: int, rows: list[int]) -> None:
         """One warp; lanes from ``top_k`` on have no pair."""
-        rows = places + [(-1, 0)] * (32 - len(places))
+        rows = rows + [-1] * (32 - len(rows))
         weights = {token * self.top_k + k: ("weight", token, k) for k in range(self.top_k)}
         p = SimpleNamespace(sorted=SimpleNamespace(top_k=self.top_k, weights=weights))
         p.sorted.most_parts = self.most_parts
         common: dict[str, Any] = {
             "p": p, "token": token, "__popc": int.bit_count,
             "__ffs": lambda bits: (bits & -bits).bit_length(),
-            "__reduce_max_sync": lambda mask, value: max(row for row, _ in rows),
+            "__reduce_max_sync": lambda mask, value: max(rows),
             "__ballot_sync": lambda mask, value: sum(
-                1 << lane for lane, (row, _) in enumerate(rows) if row >= 0),
+                1 << lane for lane, row in enumerate(rows) if row >= 0),
             "__float_as_uint": lambda value: value,
         }  # fmt: skip
         begin = None
-        for lane, (row, tile) in enumerate(rows):
-            place = SimpleNamespace(row=row, tile=tile)
+        for lane, row in enumerate(rows):
+            place = SimpleNamespace(row=row)
             scope = common | {"threadIdx": SimpleNamespace(x=lane + 64), "place": place}
             scope = c_locals(ROUTE, WITHIN, "k pair ours last count", scope)
             assert scope["k"] == lane
@@ -79,8 +85,6 @@ class Owners:
             scope = c_locals(ROUTE, f"{WITHIN} > atomicAdd(", "slot parts to", scope)
             self.put(self.owners, row, self.made("u32 parts", "owners[place.row]", scope))
             self.put(self.parts, scope["to"], self.made("u64 to", "parts[to]", scope))
-            tiles = c_find(ROUTE, (WITHIN,), "p.sorted.tiles[to]")
-            self.put(self.tiles, scope["to"], c_value(tiles, scope))
 
     @staticmethod
     def made(after: str, name: str, scope: dict[str, Any]) -> Any:
@@ -94,21 +98,23 @@ class Owners:
         into[at] = what
 
 
-def random_places(
+def random_rows(
     order: random.Random, tokens: int, top_k: int, experts: int, share: float
-) -> list[list[tuple[int, int]]]:
-    """Where pairs are in the list; a ``share`` of them is this rank's, experts named twice too."""
+) -> tuple[list[list[int]], list[int]]:
+    """Rows of pairs in the list, and the tiles of rows.
+
+    A ``share`` of pairs is this rank's; tokens may name an expert twice.
+    """
     ids = [[order.randrange(experts) if order.random() < share else -1 for _ in range(top_k)]
            for _ in range(tokens)]  # fmt: skip
     counts = [sum(row.count(e) for row in ids) for e in range(experts)]
-    tiles, first = list_places(counts), 0
-    places = [[(-1, 0)] * top_k for _ in ids]
+    first, rows = 0, [[-1] * top_k for _ in ids]
     for e in range(experts):
         pairs = [(t, k) for t, row in enumerate(ids) for k in range(top_k) if row[k] == e]
         for row, (t, k) in enumerate(order.sample(pairs, len(pairs)), first):  # atomics: any order
-            places[t][k] = row, tiles[row]
+            rows[t][k] = row
         first += counts[e]
-    return places
+    return rows, [tile.number for tile in list_tiles(counts) for _ in range(tile.count)]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8, 9, 32])
@@ -116,62 +122,35 @@ def random_places(
 def test_every_row_has_an_owner_and_the_last_ones_know_all(top_k: int, share: float) -> None:
     order = random.Random(top_k * 10 + int(share * 10))
     most_parts = top_k + top_k % 2
-    places = random_places(order, 4000 // top_k // 8, top_k, 3, share)
-    found = Owners(places, most_parts, order)
-    assert sorted(found.owners) == list(range(sum(row >= 0 for t in places for row, _ in t)))
+    rows, tiles = random_rows(order, 4000 // top_k // 8, top_k, 3, share)
+    found = Owners(rows, most_parts, order)
+    assert sorted(found.owners) == list(range(sum(row >= 0 for t in rows for row in t)))
+    assert len(tiles) == len(found.owners) and (share < 1 or tiles[-1] > 2)
     slots, expected_parts, several = [], {}, 0
-    for token, of_token in enumerate(places):
-        local = [(k, row, tile >> 3) for k, (row, tile) in enumerate(of_token) if row >= 0]
+    for token, of_token in enumerate(rows):
+        local = [(k, row) for k, row in enumerate(of_token) if row >= 0]
         if len(local) == 1:
-            k, row, _ = local[0]
+            k, row = local[0]
             assert found.owners[row] == (token, token * top_k + k, ("weight", token, k), -1)
             continue
-        last = max((row for _, row, _ in local), default=-1)
+        last = max((row for _, row in local), default=-1)
         several += len(local) > 0
-        for number, (k, row, tile) in enumerate(local):
+        for number, (k, row) in enumerate(local):
             owner_token, pair, parts, slot = found.owners[row]
             assert (owner_token, pair) == (token, token * top_k + k)
             assert parts == (len(local) if row == last else 0)
             slots.append(slot)
             at = last * most_parts + number
             assert number < most_parts, "the next row's"
-            expected_parts[at] = (slot, ("weight", token, k)), tile
-            # Only tiles that were claimed before are waited for.
-            assert tile <= of_token[[r for r, _ in of_token].index(last)][1] >> 3
+            expected_parts[at] = slot, ("weight", token, k)
+            # Who adds up waits for all tiles before its own.
+            assert tiles[row] <= tiles[last]
     assert sorted(slots) == list(range(found.slots))
-    assert {at: (found.parts[at], found.tiles[at]) for at in found.parts} == expected_parts
+    assert found.parts == expected_parts
     assert several > 0 or top_k == 1
 
 
 # ---- results of a warpgroup ----------------------------------------------------------------------
-@cache
-def stored(columns: int) -> dict[int, tuple[int, int, int, int]]:
-    """Shared memory after ``run<columns>``: (column, warp, g, half) of every BF16, by address.
-
-    Also whether a warp's stores meet each other's banks.
-    """
-    c = constants(DOWN, 128)
-    memory: dict[int, tuple[int, int, int, int]] = {}
-    address_text = c_find(DOWN, ("void run()",), "sts32(")
-    assert "for (int a = 0; a < kN / 2; a += 4)" in c_text(DOWN)
-    for a, e, warp in product(range(0, columns // 2, 4), range(2), range(4)):
-        banks = set()
-        for lane in range(32):
-            scope = {**c, "thread": warp * 32 + lane, "lane": lane, "a": a, "e": e, "out": 0}
-            scope = c_locals(DOWN, "void run()", "mine c", scope)
-            scope |= {"acc": range(columns // 2), "scale": 1, "pack_bf16": lambda *two: two}
-            address, halves = c_value(address_text, scope)
-            assert address % 4 == 0 and address + 4 <= c["kOutBytes"]
-            banks.add(address // 4 % 32)
-            for half, number in enumerate(halves):
-                # wgmma: numbers 4 b + 0, 1 are columns 8 b + 2 q and the next, 2, 3 8 rows below.
-                column = number // 4 * 8 + lane % 4 * 2 + number % 2
-                assert address + 2 * half not in memory, "two results in one place"
-                memory[address + 2 * half] = column, warp, lane // 4, number % 4 // 2
-        assert len(banks) == 32, "stores that wait for each other"
-    return memory
-
-
 def outputs_of(c: dict[str, Any], tile: int, piece: int) -> list[int]:
     """``store``: where a thread's eight values go in a token's row."""
     body = " ".join(c_text(DOWN)[c_text(DOWN).index("void store(") :].split())
@@ -189,118 +168,145 @@ def outputs_of(c: dict[str, Any], tile: int, piece: int) -> list[int]:
     return found
 
 
+def left_pieces(c: dict[str, Any], count: int) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """``leave`` of all consumers: (wg, column) to pieces: number, address in ``out`` and in y."""
+    body = " ".join(c_text(DOWN).split())
+    body = body[body.index("void leave(") : body.index("struct Finisher")]
+    loop = re.search(r"for \(int c = (.*?); c < count; c \+= (.*?)\) {", body)
+    assert loop is not None and "store(p, static_cast<int>(owner.x), tile, piece, v);" in body
+    slices = SimpleNamespace(buffer=lambda y, slice_, block: 0)
+    item = SimpleNamespace(block=0, slice=0)
+    fixed = {**c, "tables": SimpleNamespace(out=0), "slices": slices, "p": SimpleNamespace(y=0)}
+    fixed["item"] = lambda: item
+    source = c_find(DOWN, ("void leave(", "lds128(tables.owner"), "v")
+    target = re.search(r"reinterpret_cast<uint4\*>\((y .*?)\) = v;", body)
+    assert target is not None
+    found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for warp in range(c["kConsumers"] // 32):
+        rows: dict[int, list[int]] = {}
+        for lane in range(32):
+            scope = fixed | {"threadIdx": SimpleNamespace(x=warp * 32 + lane)}
+            scope = c_locals(DOWN, "void leave(", "thread wg piece tile from y", scope)
+            assert scope["tile"] == scope["wg"] == warp // 4
+            step = c_value(loop[2], scope)
+            for turn, column in enumerate(range(c_value(loop[1], scope), count, step)):
+                more = {"c": column, "slot": 5, "lds128": int}
+                address = c_value(source, scope | more)
+                assert address % 16 == 0 and 0 <= address <= c["kOutBytes"] - 16
+                rows.setdefault(turn, []).append(address)
+                place = scope["piece"], address, c_value(target[1], scope | more)
+                found.setdefault((scope["wg"], column), []).append(place)
+        assert all(banks(addresses, 16) == 1 for addresses in rows.values())
+    return found
+
+
 @pytest.mark.parametrize(("rows", "tiles"), [(640, 1), (64, 1), (640, 2), (1024, 4), (256, 4)])
 @pytest.mark.parametrize("count", [1, 37, 128])
 def test_every_output_is_the_row_that_the_layout_says(rows: int, tiles: int, count: int) -> None:
     c = constants(DOWN, 128 if tiles == 1 else 256 // tiles, W4_TILES=tiles)
     memory = stored(-(-count // 16) * 16)
-    order = _row_order(rows, False, tiles).view(-1, 4, 8, 2)
-    loop = re.search(r"for \(int c = (.*?); c < count; c \+= (.*?)\) {", leaving())
-    load = re.search(r"lds128\((tables.out .*? \* 16\))\);", leaving())
-    assert loop is not None and load is not None
+    order = _row_order(rows, False, tiles).view(-1, 4, 8, 2).tolist()
+    left = left_pieces(c, count)
+    assert sorted(left) == list(product(range(3), range(count)))
     written: Counter[tuple[int, int]] = Counter()
-    read = {}
-    for wg, which, lane in product(range(3), range(2), range(32)):
-        scope = {**c, "lane": lane, "which": lambda which=which: which, "wg": wg}
-        scope["tables"] = SimpleNamespace(out=0)
-        scope = c_locals(DOWN, "void leave()", "piece", scope)
-        step = c_value(loop[2], scope)
-        for column in range(c_value(loop[1], scope), count, step):
-            address = c_value(load[1], scope | {"c": column}) - wg * c["kOutBytes"]
-            assert address % 16 == 0 and 0 <= address <= c["kOutBytes"] - 16
+    for tile, column in product(range(rows // 64), range(count)):
+        for piece, address, _ in left[tile % 3, column]:
             values = [memory[address + 2 * i] for i in range(8)]
-            assert read.setdefault((column, scope["piece"], wg), values) is values, "twice"
-    read = {at[:2]: values for at, values in read.items() if at[2] == 0}  # all of them the same
-    for tile, (at, values) in product(range(rows // 64), read.items()):
-        for (column, warp, g, half), place in zip(values, outputs_of(c, tile, at[1]), strict=True):
-            assert column == at[0], "another token's"
-            assert order[tile, warp, g, half] == place
-            written[at[0], place] += 1
+            for value, place in zip(values, outputs_of(c, tile, piece), strict=True):
+                wg, of_column, warp, g, half = value
+                assert (wg, of_column) == (tile % 3, column), "another token's, or warpgroup's"
+                assert order[tile][warp][g][half] == place
+                written[column, place] += 1
     assert sorted(written) == list(product(range(count), range(rows)))
     assert set(written.values()) == {1}
-
-
-def leaving() -> str:
-    body = " ".join(c_text(DOWN).split())
-    return body[body.index("void leave()") : body.index("u32 last_rows(")]
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3])
 def test_contributions_are_read_where_they_were_written(tiles: int) -> None:
     """A slot's bytes: eight lanes for each row tile, and ``store`` takes both the same way."""
     c, body = constants(DOWN, 128), " ".join(c_text(DOWN).split())
-    assert "slices.buffer(p.y, item().slice, item().block) + piece * 16;" in leaving()
-    to = "y + static_cast<u64>(slot) * kRowBytes + wg * 128"
-    assert to in leaving() and leaving().count("if (wg >= tiles) continue;") == 2
-    assert "store(static_cast<int>(owner.x), block * kWgs + wg, piece, total);" in leaving()
-    adding = body[body.index("void add_up()") : body.index("static void sum(")]
-    assert "if (lane >= row_tiles_of(p, item().block) * 8) return;" in adding
-    assert "slices.buffer(p.y, item().slice, item().block) + lane * 16;" in adding
-    source = "y + static_cast<u64>(lds32(at)) * kRowBytes"
-    assert source in adding
-    assert "item().block * kWgs + (lane >> 3), lane & 7, total);" in adding
-    written = {
-        c_value(to, c | {"y": piece * 16, "slot": 5, "wg": wg}): (wg, piece)
-        for wg, piece in product(range(tiles), range(8))
-    }
+    assert "if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);" in body
+    adding = body[body.index("void add_found(") : body.index("static void sum(")]
+    assert "slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;" in adding
+    assert "item(n).block * kWgs + (lane >> 3), lane & 7, make_uint4(" in adding
+    left = left_pieces(c, 1)
+    written = {y: (wg, piece) for wg in range(tiles) for piece, _, y in left[wg, 0]}
+    source = c_find(DOWN, ("void add_found(", "const uint4 two"), "async_copy16(")
+    scope: dict[str, Any] = {**c, "cell": 0, "two": SimpleNamespace(x=5)}
     read = {
-        c_value(source, c | {"y": lane * 16, "lds32": lambda at: 5, "at": 0}): (lane >> 3, lane & 7)
+        c_value(source, scope | {"y": lane * 16})[1]: (lane >> 3, lane & 7)
         for lane in range(tiles * 8)
     }
     assert written == read and len(read) == tiles * 8
     # What lanes ask for does not meet, of both warps.
+    text = c_find(DOWN, ("void add_found(",), "cells")
+    scope["tables"] = SimpleNamespace(cells=0)
     cells = {
-        c_value(c_find(DOWN, ("void add_up()",), "cells"), scope) + i * c["kRowBytes"]
-        for which, lane, i in product(range(2), range(tiles * 8), range(c["kCells"]))
-        for scope in (
-            {**c, "which": lambda which=which: which, "lane": lane}
-            | {"tables": SimpleNamespace(cells=0)},
-        )
+        c_value(text, scope | {"which": lambda which=which: which, "lane": lane}) + i
+        for which, lane in product(range(2), range(tiles * 8))
+        for i in range(0, c["kCells"] * c["kRowBytes"], c["kRowBytes"])
     }
     assert len(cells) == 2 * tiles * 8 * c["kCells"]
     assert max(cells) + 16 <= c["kFinishers"] * c["kCells"] * c["kRowBytes"]
 
 
+def test_columns_are_scaled_as_their_owners_say() -> None:
+    """``scale``: a token's only row becomes its output, others are BF16 contributions."""
+    body = " ".join(c_text(TABLES).split())
+    body = body[body.index("void scale(") : body.index("void wait_slice(")]
+    assert "if (static_cast<int>(owner.w) < 0) by *= __uint_as_float(owner.z) * p.factor;" in body
+    assert "sts32(tables.scales + c * 4, __float_as_uint(by));" in body
+    text = c_find(TABLES, ("void scale(", "lds128("), "by").replace("512.0f", "512")
+    p, owner = SimpleNamespace(b_scale=[3, 5]), SimpleNamespace(y=1)
+    scope: dict[str, Any] = {"p": p, "owner": owner, "b_scale": 7}
+    assert c_value(text, scope | {"kDynamic": 0}) == 7 * 512
+    assert c_value(text, scope | {"kDynamic": 1}) == 5 * 512, "of its pair"
+    columns = re.search(r"for \(int c = lane\(\); c < kTokens; c \+= 32\)", body)
+    assert columns is not None and "if (c < count) {" in body
+
+
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.2, 0.6, 1.0])
-def test_every_sum_is_made_once_and_of_what_was_asked_for(share: float) -> None:
-    """``add_up``: a finisher's columns in turn; what is read has been asked for, cell by cell."""
-    order, c = random.Random(int(share * 100)), constants(DOWN, 128)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_every_sum_is_made_once_and_of_what_was_asked_for(share: float, at_once: bool) -> None:
+    """``add_up``: a warp's columns in turn, pairs of contributions in cells that are used again."""
+    order, c = random.Random(int(share * 100)), constants(DOWN, 128, W4_PARTS=10)
     body = " ".join(c_text(DOWN).split())
-    found = "const u64 found = last_rows(0) | static_cast<u64>(last_rows(1)) << 32;"
+    found = "const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;"
     assert found in body and "__ballot_sync(0xffffffffu, parts > 0)" in body
     assert body.count("rest &= rest - 1") == body.count("coming &= coming - 1") == 1
-    assert "for (int i = 0; i < kCells; ++i) ask(cells + i * kRowBytes);" in body
-    next_cell = c_find(DOWN, ("async_copy_wait", "ask(cell)"), "cell")
-    assert "async_copy_wait<kCells - 1>();" in body  # of the last kCells, the first has come
+    for condition in ("at >= end && coming != 0", "at < end", "at + kPartBytes < end"):
+        assert body.count(f"if ({condition}) {{") == 1
+    assert "for (; part < last; part += 2 * kPartBytes) { async_copy_wait<" in body
+    which_text = c_find(DOWN, ("int which()",), "return")
     place = c_find(DOWN, ("u32 last_rows(",), "c")
-    column = c_find(DOWN, ("int column_of(",), "return").replace("static_cast<long long>", "")
+    parts_text = c_find(DOWN, ("u32 last_rows(", "lds128("), "parts")
+    odd = reused = 0
     for _ in range(10):
         count = order.randint(1, 128)
-        parts = {i: order.randint(2, 9) for i in range(count) if order.random() < share}
+        parts = {i: order.randint(2, 10) for i in range(count) if order.random() < share}
         made: Counter[int] = Counter()
-        for which in range(2):
-            scope: dict[str, Any] = {**c, "which": lambda which=which: which}
-            scope |= {"__ffsll": lambda bits: (bits & -bits).bit_length()}
+        for warp in (14, 15):  # of the CTA
+            scope: dict[str, Any] = {**c}
             bits = 0
             for half, lane in product(range(2), range(32)):
-                scope |= {"half": half, "threadIdx": SimpleNamespace(x=13 * 32 + lane)}
-                bits |= (c_value(place, scope) in parts) << (half * 32 + lane)
-            columns = []
-            while bits:
-                columns.append(c_value(column, scope | {"found": bits}))
-                bits &= bits - 1
-            made.update(columns)
-            wanted = [(i, k) for i in columns for k in range(parts[i])]
-            cells: dict[int, tuple[int, int]] = {}
-            for i, asked in enumerate(wanted[: c["kCells"]]):
-                cells[i * c["kRowBytes"]] = asked
-            scope |= {"cells": 0, "cell": 0}
-            for number, one in enumerate(wanted):
-                assert cells.pop(scope["cell"]) == one, "another contribution"
-                for asked in wanted[number + c["kCells"] :][:1]:
-                    cells[scope["cell"]] = asked
-                scope["cell"] = c_value(next_cell, scope)
+                scope |= {"half": half, "threadIdx": SimpleNamespace(x=warp * 32 + lane)}
+                which = c_value(which_text, scope)
+                column = c_value(place, scope | {"which": lambda which=which: which})
+                if column >= count:
+                    continue
+                # A row that is not the last of its token, or its only one, which has a weight.
+                others = order.choice(((0, 3), (0x3F800000, -1)))
+                z, w = (parts[column], 8) if column in parts else others
+                summed = c_value(parts_text, {"owner": SimpleNamespace(z=z, w=w)})
+                bits |= (summed > 0) << (half * 32 + lane)
+            sums = Adder(c, parts, which, at_once).run(bits)
+            made.update(sums.keys())
+            for column, numbers in sums.items():
+                assert numbers == list(range(parts[column])), "not in the order of k"
+                odd += len(numbers) % 2
+            reused += sum(-(-len(numbers) // 2) for numbers in sums.values()) > c["kCells"] // 2
         assert made == Counter(parts.keys())
+    assert share < 0.1 or (odd > 20 and reused > 5)
 
 
 # ---- slices --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Down on tokens in the order of the list, in any order of events, without a GPU.
 
 A wait that never ends, a contribution that is read before it is published or after it was
-overwritten, and a table that is another item's all show; so does what is left out on purpose.
+overwritten, and tables, scales or results of another item all show; so does what is left out on
+purpose.
 """
 
 from __future__ import annotations
@@ -12,7 +13,24 @@ from itertools import pairwise
 import pytest
 from hopper_sorted import DOWN, Slices
 from kernel_source import c_text
-from sorted_call import WGS, Call, Problem, random_call
+from sorted_call import TILE, WGS, Call, Problem
+
+
+def random_call(seed: int, broken: str = "") -> Call:
+    """Few tiles and many slices as often as not; warpgroups without a row tile, too."""
+    order = random.Random(seed)
+    counts = [order.randint(1, TILE) for _ in range(order.randint(1, 5))]
+    problem = Problem(order, counts, order.randint(1, 2 * len(counts)))
+    block_bytes = max(problem.slots, 1) * WGS * 128
+    slices = Slices(
+        order.randint(1, 16),
+        len(counts),
+        problem.slots,
+        order.choice((2, 2, 3, 4, 9)) * block_bytes,
+    )
+    shape = order.randint(1, 3), order.randint(2, 4)
+    ctas = order.choice((1, 2, 2, 3, 5))
+    return Call(problem, slices, seed, ctas, shape, order.random() < 0.1, broken)
 
 
 def errors(broken: str, seeds: range) -> set[str]:
@@ -59,19 +77,19 @@ def test_slices_of_one_block_and_few_tiles(ctas: int, row_tiles: int, counts: li
     [
         ("settle", "nobody can go on"),  # an item two slices on waits for its own CTA's sums
         ("end", "nobody can go on"),  # sums of a CTA's last items are not counted
-        ("fetch first", "nobody can go on"),  # who may miss that an item's results are through
-        ("idle", "results of another item"),  # who has no row tile counts for the item before
-        ("out", "results of another item"),
-        ("written", "results of another item"),
-        ("one table", "another item's table"),
-        ("full", "another item's table"),
+        ("fetch first", "nobody can go on"),  # who may miss that an item's results are there
+        ("scaled", "scales of another item"),
+        ("idle", "scales of another item"),  # who has no row tile counts for the item before
+        ("written", "results of another item"),  # left before the other warp has written them
+        ("table", "another item's table"),  # fetched while sums need the one in its place
+        ("one full", "nobody can go on"),  # who adds up falls a phase behind
+        ("one stored", "nobody can go on"),
         ("slice", "a contribution that is not there"),  # nobody waits for the last slice but one
         ("target", "a contribution that is not there"),  # or not for all of it
         ("early", "a contribution that is not there"),  # it is given up before it was read
-        ("ready", "a contribution that is not there"),
-        ("done", "a contribution that is not there"),
-        ("through", "a contribution that is not there"),  # published before it is written
-        ("sync", "a contribution that is not there"),  # one finisher needs what the other writes
+        ("tiles", "a contribution that is not there"),
+        ("stored", "a contribution that is not there"),  # of the same tile
+        ("publish", "a contribution that is not there"),  # said before it is written
     ],
 )
 def test_the_simulation_sees_what_is_missing(broken: str, wanted: str) -> None:
@@ -111,40 +129,56 @@ def in_order(within: str, *statements: str) -> None:
 
 
 def test_the_simulation_follows_the_kernel() -> None:
-    through, full = "barrier_wait(tables.through(), phase", "barrier_wait(tables.full(), phase"
-    in_order("void wait_out()", through + "_of(place.number()) ^ 1)")
-    in_order("struct DownBody > void run()", "multiply_one", "wait_out();", full, "sts32(")
+    scaled, full = (
+        "barrier_wait(tables.scaled(), phase_of(",
+        "barrier_wait(tables.full(n), table_phase(n))",
+    )
+    stored = "barrier_wait(tables.stored(n), table_phase(n))"
+    in_order(
+        "struct DownBody > void run()", "multiply_one", scaled + "place.number()))",
+        "named_sync(1 + wg, 128);", "lds64(tables.scales", "sts32(", "sts32(",
+    )  # fmt: skip
+    in_order(
+        "struct DownBody > void leave(", "named_sync(1 + wg, 128);", "n = place.number()",
+        "tables.owner(table_of(n), c)", "lds128(from", "slot >= 0", "(y + ", "} else {", "store(p",
+    )  # fmt: skip
     in_order(
         "w4a8_prefill_down(", "reader.wait(queue, ring)", "== kEnd) break",
-        ">= p.weights.rows)", "pass(", "body.wait_out();", "with_columns(", "__syncwarp()",
-        "barrier_arrive(tables.written())", ".release(ring)", "body.place.next_item()",
+        ">= p.weights.rows)", "pass(", scaled + "body.place.number()))", "} else {",
+        "with_columns(", "body.leave(slices)", "__syncwarp()",
+        "barrier_arrive(tables.stored(body.place.number()))", ".release(ring)",
+        "body.place.next_item()",
     )  # fmt: skip
     in_order(
-        "struct Finisher > void run()", "reader.wait(queue, ring).kind == kEnd) return",
-        "phase_of(reader.number)", full, "barrier_wait(tables.written(), phase", "leave();",
-        "__syncwarp()", "barrier_arrive(tables.through())", through,
-        "barrier_wait(tables.ready(), phase)", "add_up();", "reader.release(ring)",
+        "struct Finisher > void run()", "Reader{n}.wait(queue, ring).kind == kEnd) return", full,
+        stored, "wait_tiles(n);", "add_up(n);", "Reader{n}.release(ring)",
     )  # fmt: skip
+    in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")
     in_order(
-        "struct Clerk > void run()", "i < items + kQueue - 1", "i <= items", "order.item(",
-        "settle(i - kQueue + 1)", "queue.item[i % kQueue] = claimed",
-        "barrier_arrive(ring.queue_bars + i % kQueue * 16)", "kind == kEnd) items = i",
-        "n = i - kQueue + 1; n >= 0 && n < items) publish(n)",
-        "n = i - kQueue + 2; n >= 0 && n < items) fetch(n)", "settle(items)",
+        "struct Clerk > void run()", "u32 next = lane() == 0 ? atomicAdd(", "auto post",
+        "posted > items) return", "number = next", "next = atomicAdd(", "order.item(number)",
+        "settle(posted - kQueue + 1)", "queue.item[posted % kQueue] = claimed",
+        "barrier_arrive(ring.queue_bars + posted % kQueue * 16)",
+        "kind == kEnd) items = posted", "++posted", "i < kAhead; ++i) post();",
+        "n < items; ++n) {", "post();", "fetch(n);", "scale(n);", "publish(n);", "settle(items);",
     )  # fmt: skip
     in_order(
         "void settle(", "settled < count",
         "barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1)",
         "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item(settled).slice",
     )  # fmt: skip
+    in_order("void publish(", stored, "fence.acq_rel.gpu", "red.relaxed.gpu.global.or")
     in_order(
-        "void publish(", "while (!ready || !through)", "if (!ready)", "ld.acquire.gpu",
-        "__all_sync", "__syncwarp()", "barrier_arrive(tables.ready())", "if (!through)",
-        "if (ready) " + through + "_of(n))", "barrier_test(tables.through(), phase_of(n))",
-        "fence.acq_rel.gpu", "red.relaxed.gpu.global.or",
+        "void fetch(", "settle(n - kTables + 1);", "wait_slice(n);",
+        "barrier_expect(tables.full(n)", "bulk_copy(", "tables.full(n))", "bulk_copy(",
+        "tables.full(n))",
     )  # fmt: skip
-    in_order("void fetch(", "wait_slice(n)", "barrier_expect(tables.full()", "bulk_copy(")
     in_order(
-        "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "settle(n)",
+        "void scale(", full, "tables.owner(table_of(n), c)", "sts32(tables.scales",
+        "__syncwarp()", "barrier_arrive(tables.scaled())",
+    )  # fmt: skip
+    in_order(
+        "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "last = n;",
+        "while (last > settled && item(last - 1).slice > slice - 2) --last;", "settle(last)",
         "ld.acquire.gpu", "p.left + slice - 2", "< target", "free_below = slice - 1",
     )  # fmt: skip
