@@ -313,9 +313,9 @@ class Route:
             tokens = sum(self.counts[i][tid] for i in in_list)
             before = sum(self.counts[i][tid] for i in in_list if i < part)
             here = s | {"tid": tid, "first": first, "tokens": tokens}
-            here = c_locals(SOURCE, "Tiles of equal size", "least tiles size", here)
-            here |= {"before": before, "tile": tile}
-            fields = zip(("mine", "all", "tile", "size"), c_value(text, here), strict=True)
+            here = c_locals(SOURCE, "Tiles of equal size", "least tiles", here)
+            here |= {"before": before}
+            fields = zip(("mine", "all"), c_value(text, here), strict=True)
             begins.append(SimpleNamespace(**dict(fields)))
             if writes and not has_tiles:
                 self.first[s["list"], tid] = first

@@ -16,7 +16,7 @@ from hopper_route import Route, cut_tiles
 
 from sglang_w4afp8.kernels.hopper import plan_prefill
 from sglang_w4afp8.kernels.hopper.plan import Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import Lists
+from sglang_w4afp8.kernels.hopper.plan_lists import Lists
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 

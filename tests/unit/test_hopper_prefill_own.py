@@ -24,10 +24,11 @@ from hopper_own import (
 from hopper_route import ROUTE
 from kernel_source import c_find, c_offsets, c_value
 
-from sglang_w4afp8.kernels.hopper import plan_prefill
+from sglang_w4afp8.kernels.hopper import plan_own
 from sglang_w4afp8.kernels.hopper.build import CSRC
 from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, Layer, kernels, most_tokens
-from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan, own_steps
+from sglang_w4afp8.kernels.hopper.plan_own import own_steps
+from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 LAYERS = [
@@ -48,7 +49,7 @@ LAYERS = [
 
 def some_tokens(layer: Layer, sms: int, count: int) -> list[int]:
     """Numbers of tokens of calls: edges, and some between."""
-    most, own = most_tokens(layer, sms), plan_prefill.own_tokens(layer)
+    most, own = most_tokens(layer, sms), plan_own.own_tokens(layer)
     order = random.Random(layer.experts + sms)
     edges = {n * own + d for n in (1, 2, 3, 4, 8, 9) for d in (-1, 0, 1)} | {1, 7, 8, 9, most}
     anywhere = {order.randint(1, most) for _ in range(count)}
@@ -79,7 +80,7 @@ def test_every_call_has_its_kernel_and_sorters(layer: Layer, sms: int) -> None:
         assert plan.sorters == -(-tokens // part_tokens) <= 2 * sms
         assert (plan.down.count - 1) * plan.down.parts < plan.sorters
         assert plan.sorters <= plan.down.count * plan.down.parts
-        shared = tokens > plan_prefill.own_tokens(layer) and c["kK"] == plan_prefill.OWN_MOST_K
+        shared = tokens > plan_own.own_tokens(layer) and c["kK"] == plan_own.OWN_MOST_K
         assert c["kCluster"] == (2 if shared else 1)
         assert down.grid[0] % c["kCluster"] == 0 and down.grid[0] > sms - c["kCluster"]
         assert (plan.up.tokens == tokens) or plan.up.tokens % part_tokens == 0
@@ -198,7 +199,7 @@ def spread(pairs: int, experts: int, rank: int) -> list[int]:
 def test_steps_cover_columns_once_and_agree_in_a_cluster(
     layer: Layer, make: Callable[[int, int, int], list[int]]
 ) -> None:
-    own = plan_prefill.own_tokens(layer)
+    own = plan_own.own_tokens(layer)
     for tokens in (own // 2, own, 2 * own, 2 * own + 1):
         plan = planned(layer, tokens, 132)
         c = own_constants(plan.launches[2].kernel)
@@ -237,7 +238,7 @@ def test_a_step_fits_its_word() -> None:
         assert unpack_step(pack_step(expert, first, count)) == (expert, first, count)
     # An empty step behind the last of 65,536 columns has lost its place, which nobody reads.
     for layer in LAYERS:
-        assert plan_prefill.own_tokens(layer) * layer.top_k <= 65_536
+        assert plan_own.own_tokens(layer) * layer.top_k <= 65_536
 
 
 def test_a_token_is_found_without_division() -> None:
@@ -247,5 +248,5 @@ def test_a_token_is_found_without_division() -> None:
             continue
         p = SimpleNamespace(top_k=layer.top_k)
         inverse = c_value(c_find(FEED, ("void produce_tokens",), "inverse_top_k"), {"p": p})
-        pairs = np.arange(plan_prefill.own_tokens(layer) * layer.top_k, dtype=np.uint64)
+        pairs = np.arange(plan_own.own_tokens(layer) * layer.top_k, dtype=np.uint64)
         assert np.array_equal(pairs * np.uint64(inverse) >> np.uint64(32), pairs // layer.top_k)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from simulated_warps import Barrier, Warp, run_warps
 
-from sglang_w4afp8.kernels.hopper.plan_prefill import OWN_MOST_SLOTS, OWN_TOKEN_SLOTS
+from sglang_w4afp8.kernels.hopper.plan_own import OWN_MOST_SLOTS, OWN_TOKEN_SLOTS
 
 WARPS = 2  # of a warpgroup; four do the same
 

@@ -17,7 +17,7 @@ from hopper_own import unpack_step as unpack
 from hopper_route import ROUTE, Route, column_for, columns_of, names_twice, rank_in_order, words_of
 from kernel_source import c_constants, c_find, c_locals, c_value
 
-from sglang_w4afp8.kernels.hopper import plan_prefill
+from sglang_w4afp8.kernels.hopper import plan_lists, plan_own, plan_prefill
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order
 from sglang_w4afp8.kernels.hopper.plan import Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
@@ -57,7 +57,7 @@ def copied_tokens(c: dict[str, Any], base: int, first: int, here: int, b_rows: i
 def test_the_matrix_unit_reads_what_gate_and_up_wrote(
     inner: int, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_prefill, "OWN_TOKENS", (64, 128, 128))
+    monkeypatch.setattr(plan_own, "OWN_TOKENS", (64, 128, 128))
     layer = Layer(6, 512, inner, 128, group, 3, False, False)
     tokens = 300
     order = random.Random(inner + group)
@@ -299,14 +299,14 @@ def test_additions_meet_few_conflicts() -> None:
 def test_lists_and_parts_begin_with_the_first_class() -> None:
     for experts, top_k in ((256, 8), (64, 6), (512, 10), (16, 1), (32, 32), (8, 3)):
         layer = Layer(experts, 2048, 256, 128, 128, top_k, False, False)
-        own = plan_prefill.own_tokens(layer)
+        own = plan_own.own_tokens(layer)
         for tokens in {1, 7, 9, own - 1, own, own + 1, 2 * own + 1, 3 * own, 5 * own - 3}:
             plan = planned(layer, tokens, 132)
             assert plan.room == 0 and plan.down.tokens % 8 == 0
             assert plan.part_pairs % (8 * top_k) == 0
             assert own_constants(plan.launches[2].kernel)["kColumns"] % 8 == 0
-    most = plan_prefill.OWN_TOKENS[-1] * plan_prefill.MAX_TOP_K
-    assert max(most, plan_prefill.SORT_PAIRS) < 1 << 16, "halves of a word, and their sum"
+    most = plan_own.OWN_TOKENS[-1] * plan_prefill.MAX_TOP_K
+    assert max(most, plan_lists.SORT_PAIRS) < 1 << 16, "halves of a word, and their sum"
 
 
 # ---- order ---------------------------------------------------------------------------------------

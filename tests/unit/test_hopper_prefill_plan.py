@@ -15,12 +15,13 @@ import torch
 from kernel_source import c_constants, c_find, c_locals, c_offsets, c_value
 
 from sglang_w4afp8.errors import BackendError
-from sglang_w4afp8.kernels.hopper import launch_prefill, plan_prefill
+from sglang_w4afp8.kernels.hopper import launch_prefill, plan_lists, plan_own, plan_prefill
 from sglang_w4afp8.kernels.hopper import plan as all_paths
 from sglang_w4afp8.kernels.hopper.build import CSRC
 from sglang_w4afp8.kernels.hopper.launch import Tensors
 from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, MAX_EXPERTS, Layer, most_tokens
-from sglang_w4afp8.kernels.hopper.plan_prefill import Lists, PrefillPlan
+from sglang_w4afp8.kernels.hopper.plan_lists import Lists
+from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 LAYERS = [
@@ -40,7 +41,7 @@ LAYERS = [
     Layer(8, 128, 320, 128, 32, 4, False, False),
     Layer(64, 4096, 576, 128, 32, plan_prefill.MAX_TOP_K, False, True),  # the largest tables
 ]
-OWN = [layer for layer in LAYERS if layer.inner <= plan_prefill.OWN_MOST_K]
+OWN = [layer for layer in LAYERS if layer.inner <= plan_own.OWN_MOST_K]
 """Whose CTAs of down own outputs: their third kernel is in test_hopper_prefill_own.py."""
 OLD = [layer for layer in LAYERS if layer not in OWN]
 TOKENS = sorted({1, 2, 15, 16, 17, 127, 128, 129, 4095, 16_384, 32_768, *range(400, 40_001, 1800)})
@@ -94,7 +95,7 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
     shared = planned(layer, 1, 132).launches[0].shared_bytes
     assert tables == 3 and shared == (tables * 8 * route["kMaxExperts"] if own else 0)
     assert route["kMaxExperts"] == route["kThreads"] == MAX_EXPERTS  # a thread for each expert
-    assert route["kPart"] == plan_prefill.SORT_PAIRS and route["kTokens"] == c["kTokens"]
+    assert route["kPart"] == plan_lists.SORT_PAIRS and route["kTokens"] == c["kTokens"]
 
 
 @pytest.mark.parametrize("layer", OLD, ids=str)
@@ -153,13 +154,13 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         plan = planned(layer, tokens, 132)
         own = plan.room == 0
         assert own == (layer in OWN)
-        step = plan_prefill.SORT_PAIRS // gcd(plan_prefill.SORT_PAIRS, layer.top_k)
+        step = plan_lists.SORT_PAIRS // gcd(plan_lists.SORT_PAIRS, layer.top_k)
         step = plan.part_pairs // layer.top_k if own else step
         check_lists(plan.up, layer, tokens, plan.part_pairs, step)
         assert plan.up.max_tiles > 0 and (plan.down.max_tiles == 0) == own
         step = plan.down.parts * 8 if own else step
         check_lists(plan.down, layer, tokens, plan.part_pairs, step)
-        assert plan.part_pairs <= plan_prefill.SORT_PAIRS
+        assert plan.part_pairs <= plan_lists.SORT_PAIRS
         pairs = tokens * layer.top_k
         assert 0 <= plan.sorters * plan.part_pairs - pairs < plan.part_pairs
         rows = c_constants("prefill_route.cu", {})["kRows"]

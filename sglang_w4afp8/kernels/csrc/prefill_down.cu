@@ -6,9 +6,9 @@
 // most tokens have one row or two, so little goes through memory.
 //
 // Beside the consumers there are four warps: one fills the ring, one, the clerk, claims items and
-// does what concerns other CTAs, and two add up while consumers are at the next items. They use few
-// registers: what sums need comes to shared memory, where each lane reads what it has asked for
-// itself.
+// tells other CTAs what is done, and two wait for other tiles' results and add up while consumers
+// are at the next items. They use few registers: what sums need comes to shared memory, where each
+// lane reads what it has asked for itself.
 //
 // Items are claimed in order, and a tile waits for tiles with smaller numbers only, so that CTAs
 // need not all be resident. Outputs are cut into slices of `per_slice` blocks of 192, tiles run
@@ -125,8 +125,7 @@ struct Finisher {
     __syncwarp();
   }
 
-  // This warp's columns that are the last rows of their tokens, one after the other: eight lanes
-  // for each row tile. What is to be added is asked for kCells contributions ahead.
+  // Which of 32 of this warp's columns are the last rows of their tokens: a bit for each.
   __device__ __forceinline__ u32 last_rows(int n, int half) const {
     const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kFinishers + which();
     int parts = 0;
@@ -145,7 +144,8 @@ struct Finisher {
     const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
     if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
   }
-  // Contributions in pairs, as most sums have two.
+  // The columns found, one after the other: eight lanes for each row tile. Contributions are asked
+  // for kCells / 2 pairs ahead, as most sums have two.
   __device__ __forceinline__ void add_found(int n, u64 found) {
     const int lane = threadIdx.x & 31;
     const u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;

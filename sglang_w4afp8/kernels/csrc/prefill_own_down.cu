@@ -233,8 +233,8 @@ struct OwnBody {
   }
 
   // A warpgroup's row tiles interleave (hopper/layout.py, _row_order): of a token this tile has two
-  // outputs of 2 * kLayoutTiles at a time. A warp writes them all at once, so that no line of memory
-  // is written to more often than it must be.
+  // outputs of 2 * kLayoutTiles at a time. A warp writes them all at once, so that no line of
+  // memory is written to more often than it must be.
   __device__ __forceinline__ void write_pieces(const Job& job, int first, int count,
                                                u32 exponents) {
     constexpr int kAtOnce = 8, kWarps = kConsumers / 32;

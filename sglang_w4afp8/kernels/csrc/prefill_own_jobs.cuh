@@ -14,7 +14,7 @@ constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 256;
 constexpr int kTokenWarps = W4_TOKEN_WARPS;
 constexpr int kWeightWarps = W4_WEIGHT_WARPS;
-constexpr int kMaxExperts = 512;  // as in prefill_route.cu
+constexpr int kMaxExperts = 512;  // as in prefill_sort.cuh
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
 constexpr int kTokenBytes = kColumns * kK;

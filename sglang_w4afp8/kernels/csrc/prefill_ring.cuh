@@ -47,7 +47,7 @@ constexpr int kStageBytes =
 constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
 constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 128;
-constexpr int kQueue = 4;  // items that are claimed ahead
+constexpr int kQueue = 4;  // slots for items that are claimed
 constexpr int kTokenArrivals = 64;  // of a half: the lanes of two warps
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || kWgs == 2), "");

@@ -3,10 +3,11 @@
 // A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may
 // want lists of different lengths. The first blocks sort: each counts its part of the pairs,
 // publishes the counts, waits for the others' and then knows where its pairs go in both kinds of
-// list. The other blocks quantise four rows of x each. Pairs of an expert are in no particular
-// order: a pair's result does not depend on its neighbours, and sums are taken in the order of k.
-// prefill_own_down.cu takes them in the order of experts, and then of columns: where a token names
-// an expert twice, its columns depend on ids alone.
+// list. The other blocks quantise four rows of x each. For prefill_down.cu pairs of an expert are in
+// no particular order: a pair's result does not depend on its neighbours, and sums are taken in the
+// order of k. For prefill_own_down.cu they are ordered by class (prefill_sort_own.cuh), and sums are
+// taken in the order of experts, and then of columns: where a token names an expert twice, its
+// columns depend on ids alone.
 //
 // For prefill_down.cu (Sorted) the blocks that quantise wait for those that sort, and write a row
 // to the place of each of its pairs: an expert's tokens are contiguous then, in the order in which

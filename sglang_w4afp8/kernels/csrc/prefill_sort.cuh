@@ -19,7 +19,7 @@ struct Lists {
   Tile* tiles;   // (count, max_tiles)
   int* header;   // (count) number of tiles
   int* columns;  // (count, pairs)
-  int* first;    // (count, kMaxExperts + 1) where an expert's columns begin: instead of tiles, or null
+  int* first;    // (count, kMaxExperts + 1) where experts' columns begin: instead of tiles, or null
   int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
   int together;                 // an expert's tiles are a multiple of it; a power of two
 };
@@ -90,11 +90,10 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
-// Thread e of the block of part `part`: where expert e's pairs of this part begin in its list,
-// where all of them do, and the number and size of its first tile. The first part of a list also
-// writes its tiles.
+// Thread e of the block of part `part`: where expert e's pairs of this part begin in its list, and
+// where all of them do. The first part of a list also writes its tiles.
 struct Begin {
-  int mine, all, tile, size;
+  int mine, all;
 };
 __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
@@ -137,7 +136,7 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
     *p.sorted.total = first + tokens;
     *p.sorted.slots = 0;
   }
-  return Begin{first + before, first, tile, max(size, 1)};
+  return Begin{first + before, first};
 }
 
 // One block: publishes the counts that all its threads have written, and waits for the others'.

@@ -1,5 +1,5 @@
-// Of prefill_down.cu: its arguments, what is claimed, and two warps beside the matrix unit: one
-// fills the ring, and one claims items and does for them whatever other CTAs see or wait for.
+// Of prefill_down.cu: its arguments, what is claimed, and two of the warps beside the consumers: one
+// fills the ring, and one claims items, fetches their tables and publishes what is done.
 #pragma once
 #include "prefill.cuh"
 #include "prefill_lists.cuh"
@@ -8,7 +8,7 @@ constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
 constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
-constexpr int kTables = 2;  // of the item that is finished, and of the next
+constexpr int kTables = 2;  // of the item that is added up, and of the one that is multiplied
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
 // Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
 // writes at once, 16 outputs of every other of eight columns, is in as many banks.
@@ -111,7 +111,7 @@ struct Tables {
            column * (kMostParts * static_cast<int>(sizeof(Part)));
   }
   __device__ __forceinline__ u32 scaled() const { return bars; }  // columns' scales are there
-  // Of tables, as those who add up may fall behind: the n-th item's is there, its results in memory.
+  // Of tables, as those who add up may fall behind: item n's is there; its results are in memory.
   __device__ __forceinline__ u32 full(int n) const { return bars + 8 + table_of(n) * 16; }
   __device__ __forceinline__ u32 stored(int n) const { return bars + 16 + table_of(n) * 16; }
   __device__ __forceinline__ void init() const {
@@ -123,6 +123,7 @@ struct Tables {
     barrier_init_fence();
   }
 };
+
 // ---- the ring ------------------------------------------------------------------------------------
 // One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
 // for rows of tokens in the order of the list, one for each panel of a stage.

@@ -9,13 +9,13 @@ import torch
 from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
+from sglang_w4afp8.kernels.hopper.plan_own import own_steps
 from sglang_w4afp8.kernels.hopper.plan_prefill import (
     DONE_TILES,
     OWNER_BYTES,
     PART_BYTES,
     SORTED_WARPGROUPS,
     PrefillPlan,
-    own_steps,
 )
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float

@@ -11,31 +11,33 @@ goes from tile to tile of ``down`` through slots in memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
     BARRIER_BYTES,
     CTA_SHARED_BYTES,
-    MAX_EXPERTS,
     Kernel,
     Launch,
     Layer,
 )
+from sglang_w4afp8.kernels.hopper.plan_lists import ALIGNMENT, SORT_PAIRS, TILE_TOKENS, Lists
+from sglang_w4afp8.kernels.hopper.plan_own import (
+    OWN_CLUSTERS,
+    OWN_SORT_BYTES,
+    OWN_SORTERS,
+    own_down,
+    own_parts,
+    own_tokens,
+)
 
-TILE_TOKENS = 128
 THREADS = 384
 ROUTE_THREADS = 512
-SORT_PAIRS = 4_096
-"""Pairs that a CTA of route sorts."""
 ROUTE_ROWS = 4
 """Rows of x that a CTA of route quantises."""
 QUEUE = 4
-"""Items that a CTA claims ahead."""
+"""Slots for the items that a CTA has claimed."""
 STAGE_BARRIER_BYTES = 32
-ALIGNMENT = 1024
-"""Of a stage: the swizzle of its tokens repeats after so many bytes."""
 SORTED_WARPGROUPS = 3
 """Consumers where tokens are in the order of the list: a row tile each, so that two have work for
 the matrix unit while one scales and adds."""
@@ -68,71 +70,7 @@ CLUSTER_TOKENS = 8_192
 for each other's."""
 MAX_TOP_K = 32
 """Where CTAs do not own outputs: a warp of route has a lane for each pair of a token."""
-OWN_MOST_K = 256
-"""Longest K for which CTAs own outputs: what they read grows with it."""
-OWN_TOKENS = (256, 512, 1024)
-"""Most tokens whose sums a CTA has, 128 KB of FP16."""
-OWN_USUAL_COLUMNS = 32
-"""Tokens of a list that an expert should have: the more, the less is decoding weights for each."""
-OWN_MOST_COLUMNS = 48
-"""Of a step; an expert with more tokens in a list takes several."""
-OWN_CLUSTERS = (2, 1)
-"""CTAs of it that share weights, where there are as many lists. Measured on an H100: four are
-slower, as each waits for the slowest."""
-OWN_CLUSTER_K = 256
-"""Shortest K for which they do: a shorter one leaves little to share."""
-OWN_SORTERS = 64
-"""CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
-OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
-"""Shared memory of those, for experts' pairs by class (prefill_sort_own.cuh)."""
-OWN_WARPGROUPS = 3
-OWN_MOST_SLOTS = 12
-OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
-"""Slots for tokens, and the warps that fill them: a slot has always the same one."""
 MAX_RING = 8
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Runs of tokens whose pairs are sorted by expert, each on its own.
-
-    Attributes:
-        count: how many.
-        tokens: of a list; the last may have fewer.
-        max_tiles: room for tiles in a list.
-        together: an expert has a multiple of so many tiles, the last perhaps without tokens.
-        parts: CTAs of route that sort a list; the last list may need fewer.
-    """
-
-    count: int
-    tokens: int
-    max_tiles: int
-    parts: int
-    together: int = 1
-
-    @classmethod
-    def of(
-        cls, layer: Layer, tokens: int, most_pairs: int, together: int = 1, part_tokens: int = 0
-    ) -> Lists:
-        """Lists of about ``most_pairs`` pairs for ``tokens`` tokens; whole CTAs sort a list.
-
-        Args:
-            layer: the sizes.
-            tokens: M.
-            most_pairs: of a list.
-            together: see the class.
-            part_tokens: that a CTA sorts; 0: as many as have :data:`SORT_PAIRS` pairs, if need be
-                with a token's pairs in two CTAs.
-        """
-        step = part_tokens or SORT_PAIRS // gcd(SORT_PAIRS, layer.top_k)
-        part_pairs = part_tokens * layer.top_k or SORT_PAIRS
-        most = max(step, most_pairs // layer.top_k // step * step)
-        # Of about the same size: the tiles of a short last list would be the emptiest.
-        share = -(-tokens // -(-tokens // most))
-        size = min(tokens, -(-share // step) * step)
-        pairs = size * layer.top_k
-        most_tiles = min(pairs * together, layer.experts * together + pairs // TILE_TOKENS)
-        return cls(-(-tokens // size), size, most_tiles, -(-pairs // part_pairs), together)
 
 
 @dataclass(frozen=True)
@@ -238,105 +176,13 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     return Launch(kernel, (sms, 1), SORTED_THREADS, fixed + stages, ring, TILE_TOKENS)
 
 
-def _own_cluster(lists: int) -> int:
-    return next(size for size in OWN_CLUSTERS if lists >= size)
-
-
-def own_steps(layer: Layer, most: int, cluster: int, columns: int) -> int:
-    """Most steps of a job: an expert has as many as the fullest of ``cluster`` lists needs.
-
-    Args:
-        layer: the sizes.
-        most: tokens of a list.
-        cluster: lists whose CTAs share weights.
-        columns: of a step.
-    """
-    return layer.experts + cluster * -(-most * layer.top_k // columns)
-
-
-def _own_parts(layer: Layer, most: int) -> int:
-    return -(-most * layer.top_k // SORT_PAIRS)
-
-
-def own_tokens(layer: Layer) -> int:
-    """Most tokens of a list whose sums a CTA owns; 0 where K is too long for that."""
-    if layer.down.k > OWN_MOST_K or layer.down.stage_k != layer.down.k:
-        return 0
-    # About OWN_USUAL_COLUMNS tokens of a list have an expert.
-    usual = OWN_USUAL_COLUMNS * layer.experts // layer.top_k
-    most = min(OWN_TOKENS[-1], max(OWN_TOKENS[1], usual))
-    step = _own_parts(layer, most) * 8
-    return most // step * step
-
-
 def most_prefill_tokens(layer: Layer, sms: int) -> int:
     """The largest M for which all CTAs that sort are resident, two to an SM."""
     most = own_tokens(layer)
     if most == 0:
         return 2 * sms * SORT_PAIRS // layer.top_k
-    lists = 2 * sms // _own_parts(layer, most)
+    lists = 2 * sms // own_parts(layer, most)
     return lists // OWN_CLUSTERS[0] * OWN_CLUSTERS[0] * most
-
-
-def _own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None:
-    """The launch whose CTAs own outputs, and its lists; None where K is too long."""
-    shape, group = layer.down, layer.inner_group
-    most = own_tokens(layer)
-    if most == 0:
-        return None
-    lists = -(-tokens // most)
-    cluster = _own_cluster(lists) if shape.k >= OWN_CLUSTER_K else 1
-    lists = -(-lists // cluster) * cluster
-    fewest = _own_parts(layer, most)
-    for split in (4, 2, 1):
-        parts = fewest * split
-        size = -(-tokens // (lists * parts * 8)) * parts * 8
-        if size <= most and (lists * parts <= OWN_SORTERS or split == 1):
-            break
-    most = next(most for most in OWN_TOKENS if most >= size)
-    # A step has as many columns as nearly every expert has tokens in a list.
-    usual = most * layer.top_k / layer.experts
-    columns = min(OWN_MOST_COLUMNS, max(16, -(-int(usual + 2.5 * usual**0.5) // 8) * 8))
-    stage = shape.k * 32 + shape.k // group * 128
-    fixed = (
-        ALIGNMENT
-        + 256
-        + (most + 1) * ROW_TILE * 2
-        + 2 * most
-        + 2 * own_steps(layer, most, cluster, columns) * 4
-        + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
-        + 1024
-    )
-    token_slot = columns * (shape.k + 2 * 8) + BARRIER_BYTES
-    room = CTA_SHARED_BYTES - fixed
-    slots = room // (stage + BARRIER_BYTES + token_slot)
-    token_slots, token_warps = next(pair for pair in OWN_TOKEN_SLOTS if pair[0] <= slots)
-    slots = min((room - token_slots * token_slot) // (stage + BARRIER_BYTES), OWN_MOST_SLOTS)
-    kernel = Kernel(
-        "prefill_own_down.cu",
-        "w4a8_prefill_own_down",
-        (
-            ("W4_K", shape.k),
-            ("W4_TILES", shape.tiles),
-            ("W4_GROUP", group),
-            ("W4_MINUS_EIGHT", int(layer.minus_eight)),
-            ("W4_DYNAMIC", int(layer.dynamic)),
-            ("W4_WGS", OWN_WARPGROUPS),
-            ("W4_CLUSTER", cluster),
-            ("W4_TOKENS", columns),
-            ("W4_MOST_TOKENS", most),
-            ("W4_WEIGHT_SLOTS", slots),
-            ("W4_TOKEN_SLOTS", token_slots),
-            ("W4_TOKEN_WARPS", token_warps),
-            ("W4_WEIGHT_WARPS", 2 if slots % (2 * cluster) == 0 and token_warps < 6 else 1),
-        ),
-    )
-    shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
-    grid = sms // cluster * cluster
-    threads = (OWN_WARPGROUPS + 2) * 128
-    return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
-        -(-tokens // size), size, 0, parts
-    )
 
 
 def _route(tokens: int, sorters: int, experts: int) -> Launch:
@@ -358,7 +204,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         BackendError: more experts per token than a warp has lanes, where CTAs do not own outputs.
     """
     cluster = _cluster(layer, tokens, sms)
-    own = _own_down(layer, tokens, sms)
+    own = own_down(layer, tokens, sms)
     if own is not None:
         launch, lists = own
         part_tokens = lists.tokens // lists.parts
