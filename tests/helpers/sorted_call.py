@@ -19,7 +19,7 @@ from hopper_sorted import DOWN, TABLES, Slices, constants
 from kernel_source import c_find, c_value
 from simulated_warps import Barrier, Wait, Warp, run_warps
 
-WGS, WARPS, FINISHERS = 3, 2, 2
+WGS, WARPS, ADDERS = 3, 2, 2
 TILE = 4
 """Most columns; an adder has half of them."""
 PAIRS = 2
@@ -105,7 +105,7 @@ class Call:
         self.out: dict[tuple[int, int], list[int]] = {}  # slots that were added up
         c = constants(DOWN, 128)
         self.queue, self.tables, self.ahead = c["kQueue"], c["kTables"], c["kAhead"]
-        assert c["kFinishers"] == FINISHERS
+        assert c["kAdders"] == ADDERS
         self.items: dict[int, Any] = {}
         self.buffers = {
             (s, block): slices.buffer(s, block)
@@ -120,7 +120,7 @@ class Call:
         return SimpleNamespace(
             items=[None] * self.queue,
             queue_full=[Barrier(1) for _ in range(self.queue)],
-            queue_empty=[Barrier(warps + 1 + FINISHERS) for _ in range(self.queue)],
+            queue_empty=[Barrier(warps + 1 + ADDERS) for _ in range(self.queue)],
             stages=[None] * self.ring,
             stage_full=[Barrier(1) for _ in range(self.ring)],
             stage_empty=[Barrier(warps) for _ in range(self.ring)],
@@ -131,7 +131,7 @@ class Call:
             scales=[None] * TILE,  # the item's number
             named=[Barrier(WARPS) for _ in range(WGS)],
             results=[[[None] * TILE for _ in range(WARPS)] for _ in range(WGS)],  # `out`, the same
-            not_ended=warps + 2 + FINISHERS,
+            not_ended=warps + 2 + ADDERS,
         )
 
     def run(self) -> None:
@@ -139,7 +139,7 @@ class Call:
         warps = []
         for rank, cta in enumerate(self.ctas):
             mine = [self.produce_stages(cta), self.clerk(cta)]
-            mine += [self.finish(cta, which) for which in range(FINISHERS)]
+            mine += [self.finish(cta, which) for which in range(ADDERS)]
             mine += [self.consume(cta, wg, warp) for wg in range(WGS) for warp in range(WARPS)]
             warps += [self.counted(rank, warp) for warp in mine]
         run_warps(warps, self.random, self.on_the_way)
@@ -380,7 +380,7 @@ class Call:
             assert there == (slot, item.block), "a contribution that is not there"
 
     def add_up(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
-        mine = range(which, self.problem.counts[item.step], FINISHERS)
+        mine = range(which, self.problem.counts[item.step], ADDERS)
         owners = [self.owner(cta, n, item.step, c) for c in mine]
         coming = iter([pair for owner in owners for pair in pairs_of(owner)])
         for _ in range(PAIRS):

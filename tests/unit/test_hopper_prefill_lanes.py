@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RING, JOBS = "prefill_ring.cuh", "prefill_own_jobs.cuh"
 TABLES = "prefill_tables.cuh"
 SIZES = {"kCluster": 2, "kConsumers": 256, "kReaders": 11, "kWeightWarps": 2, "kTokenWarps": 4}
-SIZES["kFinishers"] = int(c_find(TABLES, (), "kFinishers"))
+SIZES["kAdders"] = int(c_find(TABLES, (), "kAdders"))
 SIZES["kTokenArrivals"] = int(c_find(RING, (), "kTokenArrivals"))
 # Arrivals by threads for themselves, and by warps.
 COPIES, QUEUE_FULL = (1, 0), (1, 0)  # who expects the bytes; who claims

@@ -116,14 +116,14 @@ def test_kernels_agree_on_the_order_of_the_list(layer: Layer) -> None:
     # A token has no more rows than experts; bulk copies are of 16 bytes at 16 bytes.
     assert plan.most_parts >= layer.top_k and plan.most_parts * sizes[1] % 16 == 0
     assert c[1]["kTableBytes"] % 16 == c[1]["kOwnerBytes"] % 16 == 0
-    assert (c[1]["kFinishers"], c[1]["kCells"]) == (plan_prefill.FINISHERS, plan_prefill.CELLS)
+    assert (c[1]["kAdders"], c[1]["kCells"]) == (plan_prefill.ADDERS, plan_prefill.CELLS)
     assert c[1]["kRowBytes"] == plan_prefill.BLOCK_BYTES and c[1]["kCells"] % 2 == 0
     # Behind the stages: one after the other, and barriers that are nobody else's.
     found = c_locals("prefill_tables.cuh", "Tables at(", "tables cells scales", c[1] | {"begin": 0})
     made = c_find("prefill_tables.cuh", ("Tables at(",), "return").replace("Tables{", "(")
     begins = c_value(made.replace("}", ")"), found)
     sizes = [c[1]["kOutStride"] * c[1]["kTokens"], c[1]["kTables"] * c[1]["kTableBytes"]]
-    sizes += [c[1]["kFinishers"] * c[1]["kCells"] * c[1]["kRowBytes"], 4 * c[1]["kTokens"]]
+    sizes += [c[1]["kAdders"] * c[1]["kCells"] * c[1]["kRowBytes"], 4 * c[1]["kTokens"]]
     assert begins == tuple(accumulate(sizes, initial=0)) and all(at % 16 == 0 for at in begins)
     scope: dict[str, Any] = {"bars": begins[-1], "table_of": lambda n: n}
     bars = [c_value(c_find("prefill_tables.cuh", ("u32 scaled()",), "return"), scope)]

@@ -171,7 +171,7 @@ def outputs_of(c: dict[str, Any], tile: int, piece: int) -> list[int]:
 def left_pieces(c: dict[str, Any], count: int) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
     """``leave`` of all consumers: (wg, column) to pieces: number, address in ``out`` and in y."""
     body = " ".join(c_text(DOWN).split())
-    body = body[body.index("void leave(") : body.index("struct Finisher")]
+    body = body[body.index("void leave(") : body.index("struct Adder")]
     loop = re.search(r"for \(int c = (.*?); c < count; c \+= (.*?)\) {", body)
     assert loop is not None and "store(p, static_cast<int>(owner.x), tile, piece, v);" in body
     slices = SimpleNamespace(buffer=lambda y, slice_, block: 0)
@@ -247,7 +247,7 @@ def test_contributions_are_read_where_they_were_written(tiles: int) -> None:
         for i in range(0, c["kCells"] * c["kRowBytes"], c["kRowBytes"])
     }
     assert len(cells) == 2 * tiles * 8 * c["kCells"]
-    assert max(cells) + 16 <= c["kFinishers"] * c["kCells"] * c["kRowBytes"]
+    assert max(cells) + 16 <= c["kAdders"] * c["kCells"] * c["kRowBytes"]
 
 
 def test_columns_are_scaled_as_their_owners_say() -> None:

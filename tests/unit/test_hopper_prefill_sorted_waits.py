@@ -150,7 +150,7 @@ def test_the_simulation_follows_the_kernel() -> None:
         "body.place.next_item()",
     )  # fmt: skip
     in_order(
-        "struct Finisher > void run()", "Reader{n}.wait(queue, ring).kind == kEnd) return", full,
+        "struct Adder > void run()", "Reader{n}.wait(queue, ring).kind == kEnd) return", full,
         stored, "wait_tiles(n);", "add_up(n);", "Reader{n}.release(ring)",
     )  # fmt: skip
     in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")

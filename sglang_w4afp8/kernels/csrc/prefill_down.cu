@@ -88,14 +88,14 @@ struct DownBody {
 };
 
 // One of the two warps that add up; each has every other column.
-struct Finisher {
+struct Adder {
   const PrefillDownParams& p;
   const Ring& ring;
   const Tables& tables;
   const Slices& slices;
 
   __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
-  __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kFinishers - 1); }
+  __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kAdders - 1); }
 
   __device__ __forceinline__ void run() {
     for (int n = 0;; ++n) {
@@ -127,7 +127,7 @@ struct Finisher {
 
   // Which of 32 of this warp's columns are the last rows of their tokens: a bit for each.
   __device__ __forceinline__ u32 last_rows(int n, int half) const {
-    const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kFinishers + which();
+    const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kAdders + which();
     int parts = 0;
     if (c < item(n).count) {
       const uint4 owner = lds128(tables.owner(table_of(n), c));
@@ -136,10 +136,10 @@ struct Finisher {
     return __ballot_sync(0xffffffffu, parts > 0);
   }
   __device__ __forceinline__ static int column_of(u64 found) {
-    return (__ffsll(static_cast<long long>(found)) - 1) * kFinishers + which();
+    return (__ffsll(static_cast<long long>(found)) - 1) * kAdders + which();
   }
   __device__ __forceinline__ void add_up(int n) {
-    static_assert(kTokens == 64 * kFinishers, "a bit for each column");
+    static_assert(kTokens == 64 * kAdders, "a bit for each column");
     const int lane = threadIdx.x & 31;
     const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
     if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
@@ -230,7 +230,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 1) {
       Clerk{p, slices, ring, tables, kDynamic ? 0.0f : *p.b_scale}.run();
     } else {
-      Finisher{p, ring, tables, slices}.run();
+      Adder{p, ring, tables, slices}.run();
     }
     return;
   }

@@ -1,4 +1,4 @@
-// Of prefill_down.cu: its arguments, what is claimed, and two of the warps beside the consumers: one
+// Of prefill_down.cu: its arguments, what is claimed, and two warps beside the consumers: one
 // fills the ring, and one claims items, fetches their tables and publishes what is done.
 #pragma once
 #include "prefill.cuh"
@@ -14,9 +14,9 @@ constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to 
 // writes at once, 16 outputs of every other of eight columns, is in as many banks.
 constexpr int kOutStride = kRowBytes + 16;
 constexpr int kOutBytes = kTokens * kOutStride;
-constexpr int kFinishers = 2;
+constexpr int kAdders = 2;
 constexpr int kAhead = 1;   // items that are known before the first one begins
-constexpr int kCells = 12;  // contributions that a finisher has asked for
+constexpr int kCells = 12;  // contributions that an adder has asked for
 static_assert(kWgs == 3 && kPerWg == 1, "");
 
 struct PrefillDownParams {
@@ -91,16 +91,16 @@ __device__ __forceinline__ int table_of(int n) { return n % kTables; }
 __device__ __forceinline__ u32 table_phase(int n) { return n / kTables & 1; }
 __device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
 
-// Shared memory behind the stages: results of the warpgroups, tables of items, what finishers have
-// asked for, and barriers whose n-th phase is that of the CTA's n-th item.
+// Shared memory behind the stages: results of the warpgroups, tables of items, what adders have
+// asked for, columns' scales, and barriers.
 struct Tables {
   u32 out, tables, cells, scales, bars;
   __device__ __forceinline__ static constexpr int bytes() {
-    return kOutBytes + kTables * kTableBytes + kFinishers * kCells * kRowBytes + kTokens * 4 + 128;
+    return kOutBytes + kTables * kTableBytes + kAdders * kCells * kRowBytes + kTokens * 4 + 128;
   }
   __device__ __forceinline__ static Tables at(u32 begin) {
     const u32 tables = begin + kOutBytes, cells = tables + kTables * kTableBytes;
-    const u32 scales = cells + kFinishers * kCells * kRowBytes;
+    const u32 scales = cells + kAdders * kCells * kRowBytes;
     return Tables{begin, tables, cells, scales, scales + kTokens * 4};
   }
   __device__ __forceinline__ u32 owner(int i, int column) const {
@@ -124,7 +124,7 @@ struct Tables {
   }
 };
 
-// ---- the ring ------------------------------------------------------------------------------------
+// ---- the ring -----------------------------------------------------------------------------------
 // One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
 // for rows of tokens in the order of the list, one for each panel of a stage.
 __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, int rows,
@@ -172,7 +172,7 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, in
   }
 }
 
-// ---- claims, tables, flags -----------------------------------------------------------------------
+// ---- claims, tables, flags ----------------------------------------------------------------------
 // One warp. What it waits for are this CTA's items in their order, of which none needs what comes
 // after it here, and what other CTAs do for items with smaller numbers. So the item with the
 // smallest number of those that are not finished can always be, and nobody waits for ever.

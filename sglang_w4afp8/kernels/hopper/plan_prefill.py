@@ -52,7 +52,7 @@ BLOCK_BYTES = SORTED_WARPGROUPS * 128
 """Contributions of a pair to a block."""
 OWNER_BYTES, PART_BYTES = 16, 8
 TABLES = 2
-FINISHERS, CELLS = 2, 12
+ADDERS, CELLS = 2, 12
 """Warps of down that add up, and the contributions that each has asked for: they come to shared
 memory."""
 DONE_TILES = 32
@@ -157,7 +157,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     shape = layer.up if up else layer.down
     stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
     tables = TABLES * TILE_TOKENS * (OWNER_BYTES + most_parts * PART_BYTES)
-    asked = FINISHERS * CELLS * BLOCK_BYTES
+    asked = ADDERS * CELLS * BLOCK_BYTES
     out = TILE_TOKENS * (BLOCK_BYTES + 16 + 4)
     behind = 0 if up else out + tables + asked + 128
     static = (SORTED_WARPGROUPS * TILE_TOKENS * (32 + 16) if up else 0) + 1024
