@@ -2,13 +2,13 @@
 
     python benchmarks/sanitize_hopper.py --json benchmarks/results/sanitize-hopper-h100.json
 
-Runs the tests that give w2 back bit for bit (all four paths, calls of 8 or 64 tokens) under
-racecheck and memcheck, limited to kernels with ``w4a8`` in their names, as torch's are not ours to
-judge. Racecheck is given kernels in which every lane of a warp arrives at a barrier
-(``W4_EVERY_LANE`` in ``csrc/primitives.cuh``), memcheck those that are served. A kernel with a name
-like theirs and a race on purpose goes first, so that a filter that matches nothing cannot look
-clean. Needs a Hopper card and the CUDA toolkit. Exits with 1 unless the control is caught and
-everything else is clean.
+Runs the tests that give w2 back bit for bit (all four paths, calls of 8 or 64 tokens), and those
+whose CTAs have a few items each and add several experts up (the prefill path), under racecheck and
+memcheck, limited to kernels with ``w4a8`` in their names, as torch's are not ours to judge.
+Racecheck is given kernels in which every lane of a warp arrives at a barrier (``W4_EVERY_LANE`` in
+``csrc/primitives.cuh``), memcheck those that are served. A kernel with a name like theirs and a
+race on purpose goes first, so that a filter that matches nothing cannot look clean. Needs a Hopper
+card and the CUDA toolkit. Exits with 1 unless the control is caught and everything else is clean.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from sglang_w4afp8.tools.bench_environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FILTER = ["--kernel-name", "kns=w4a8"]
-TESTS = ["tests/gpu/test_hopper_moe.py", "-k", "w2_bit_for_bit"]
+FILES = ["tests/gpu/test_hopper_moe.py", "tests/gpu/test_hopper_prefill.py"]
+TESTS = [*FILES, "-k", "w2_bit_for_bit or few_items"]
 TOOLS = {"racecheck": ["--racecheck-report", "all"], "memcheck": []}
 EVERY_LANE = ("racecheck",)  # tools for which every lane of a warp arrives
 RACY = """
@@ -130,7 +132,8 @@ def _judge(tool: str, command: list[str], limit: float) -> dict[str, Any]:
             [
                 f"{env.EVERY_LANE.name}={every_lane:d}",
                 *command,
-                *("python", "-m", "pytest", *TESTS),
+                "python -m pytest",
+                shlex.join(TESTS),
             ]
         ),
         "summary": summary[0] if summary else done.stdout[-1000:],

@@ -39,3 +39,20 @@ def test_slices_and_room(
         for _ in range(3):
             again = moe.call(case, shuffled, x, topk_weights, ids, "prefill", 2.5)
             assert torch.equal(out, again), f"{tokens}: two runs differ"
+
+
+@pytest.mark.parametrize(
+    ("inner", "tokens", "slice_bytes"),
+    [(512, 200, 1), (512, 200, 2**28), (256, 1100, 2**28), (128, 1100, 2**28)],
+)
+def test_a_few_items_for_each_cta(
+    inner: int, tokens: int, slice_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that CTAs share and use again, in calls short enough for a race detector."""
+    monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
+    case = moe.Case(experts=6, hidden=7168, inner=inner, top_k=4)
+    weights = moe.random_weights(case)
+    x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
+    route = moe.routing(case, tokens, "holes", tokens)
+    out = moe.call(case, moe.stage_order(case, weights), x, *route, "prefill")
+    assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
