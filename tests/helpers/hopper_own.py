@@ -5,11 +5,18 @@ Constants and expressions are the kernel's own; the statements around them follo
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
-from kernel_source import c_constants, c_find, c_value
+from kernel_source import c_constants, c_find, c_locals, c_offsets, c_value
+from simulated_warps import Warp
 
+from sglang_w4afp8.kernels.hopper.build import CSRC
 from sglang_w4afp8.kernels.hopper.plan import Kernel
 
 KERNEL, JOBS, FEED = "prefill_own_down.cu", "prefill_own_jobs.cuh", "prefill_own.cuh"
@@ -18,6 +25,20 @@ KERNEL, JOBS, FEED = "prefill_own_down.cu", "prefill_own_jobs.cuh", "prefill_own
 def own_constants(kernel: Kernel) -> dict[str, Any]:
     """What the kernel's sources call their sizes."""
     return c_constants(KERNEL, dict(kernel.defines))
+
+
+def job_bytes() -> int:
+    """``sizeof(Job)``, with the alignment that it is declared with."""
+    found = re.search(r"struct (__align__\((\d+)\) )?Job \{", (CSRC / JOBS).read_text())
+    assert found is not None
+    size, align = c_offsets(JOBS, re.escape(found[1] or "") + "Job")[1], int(found[2] or 1)
+    return -(-size // align) * align
+
+
+def sum_offset(t: int) -> int:
+    """Where the sums of a token are."""
+    offset: int = c_value(c_find(JOBS, ("u32 sum_offset",), "return"), {"t": t})
+    return offset
 
 
 def shared_map(c: dict[str, Any], begin: int, max_steps: int) -> SimpleNamespace:
@@ -85,3 +106,136 @@ def job_steps(c: dict[str, Any], begins: list[list[int]], rank: int) -> list[int
             text = c_find(JOBS, ("void describe_jobs",), "Step::of(")
             steps.append(pack_step(*c_value(text, scope | {"at": at})))
     return steps
+
+
+def claimed_job(p: SimpleNamespace, cluster: int, number: int, rank: int) -> SimpleNamespace:
+    """``describe_jobs``: what a claimed number stands for.
+
+    Args:
+        p: arguments of the kernel.
+        cluster: CTAs of a cluster.
+        number: as it was claimed.
+        rank: of the CTA.
+    """
+    names = "groups tiles whole parts job_number part tile group list job.place"
+    scope = {"p": p, "kCluster": cluster, "number": number, "rank": rank}
+    return SimpleNamespace(**c_locals(JOBS, "void describe_jobs", names, scope))
+
+
+def part_begin(steps: list[int], part: int, parts: int) -> int:
+    """``part_begin`` for packed steps."""
+    table = [SimpleNamespace(expert=lambda bits=bits: unpack_step(bits)[0]) for bits in steps]
+    scope = {"steps": table, "count": len(steps), "part": part, "parts": parts}
+    within = ("int part_begin(",)
+    begin: int = c_value(c_find(JOBS, within, "begin"), scope)
+    go_on = c_find(JOBS, within, "while (").split(") ++begin;")[0]
+    while c_value(go_on, scope | {"begin": begin}):
+        begin += 1
+    return begin
+
+
+def part_of(steps: list[int], part: int, parts: int) -> tuple[int, int]:
+    """A part's first step, and how many it has (``describe_jobs``)."""
+    scope: dict[str, Any] = {"steps": steps, "count": len(steps), "part": part, "parts": parts}
+    scope["part_begin"] = lambda steps, _, part, parts: part_begin(steps, part, parts)
+    scope["job"] = job = SimpleNamespace()
+    for name in ("first", "steps"):
+        text = c_find(JOBS, ("void describe_jobs",), f"job.{name}")
+        setattr(job, name, c_value(text, scope))
+    return job.first, job.steps
+
+
+# ---- parts that meet -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Part:
+    """What a number stands for, see ``claimed_job`` and ``part_of``; -1 steps after the last."""
+
+    number: int
+    steps: int
+    job: int = -1
+    part: int = 0
+    parts: int = 1
+
+
+Sums = list[tuple[int, int, int]]  # (number, step, warp that has added it)
+
+
+class Work:
+    """What clusters share: jobs, how many are claimed, sums in memory and how many are there.
+
+    Args:
+        jobs: numbers of steps of each part.
+        adders: warps that add in every step.
+        broken: what is left out.
+    """
+
+    def __init__(self, jobs: list[list[int]], adders: int, broken: str = "") -> None:
+        self.jobs, self.adders, self.broken, self.claimed = jobs, adders, broken, 0
+        self.numbers = [
+            Part(0, steps, job, part, len(parts))
+            for job, parts in enumerate(jobs)
+            for part, steps in enumerate(parts)
+        ]
+        self.stored: dict[tuple[int, ...], Sums] = {}  # by job, CTA, part and warp
+        self.handed: Counter[tuple[int, int]] = Counter()
+        self.written: Counter[tuple[int, ...]] = Counter()
+        self.on_the_way: list[Callable[[], None]] = []
+
+    def part(self, number: int) -> Part:
+        there = number < len(self.numbers)
+        return replace(self.numbers[number], number=number) if there else Part(number, -1)
+
+    def finish(
+        self, job: Part, rank: int, me: int, all_sums: list[Sums], sync: Callable[[], Warp]
+    ) -> Warp:
+        """``finish`` of a consumer warp, for the tokens that it hands over or writes.
+
+        Args:
+            job: the part that is done.
+            rank: of the CTA.
+            me: the warp.
+            all_sums: by warp.
+            sync: ``named_sync`` of the consumers.
+        """
+        sums, place = all_sums[me], (job.job, rank)
+        last = 0 if self.broken == "first waits" else job.parts - 1
+        if job.part != last:
+            if me == 0 and self.broken == "flag first":
+                self.handed[place] += 1
+            yield lambda: True
+            self.stored[*place, job.part, me] = list(sums)
+            yield lambda: True
+            if self.broken != "not cleared":
+                sums.clear()
+            if self.broken != "no sync":
+                yield from sync()
+            if me == 0 and self.broken != "flag first":
+                self.handed[place] += 1
+            return
+        if job.parts > 1:
+            if me == 0:
+                yield lambda: self.handed[place] + 1 >= job.parts
+            if self.broken != "one waits":
+                yield from sync()
+            for part in (part for part in range(job.parts) if part != last):
+                key = (*place, part, me)
+                assert key in self.stored, "sums that were not handed over"
+                sums += self.stored.pop(key)
+                yield lambda: True
+            yield from sync()
+        first = job.number - job.part
+        wanted = [
+            (first + part, step, warp)
+            for part, steps in enumerate(self.jobs[job.job])
+            for step, warp in product(range(steps), range(self.adders))
+        ]
+        assert sorted(sums) == wanted, "other sums"
+        self.written[*place, me] += 1
+        sums.clear()
+        yield from sync()
+
+    def check(self, cluster: int, warps: int) -> None:
+        """When all warps have ended: ``cluster`` CTAs with so many consumer warps each."""
+        assert not self.stored, "sums that nobody has taken"
+        everyone = product(range(len(self.jobs)), range(cluster), range(warps))
+        assert self.written == Counter(everyone), "an output twice or never"

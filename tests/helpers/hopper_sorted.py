@@ -256,118 +256,116 @@ def stored(columns: int) -> dict[int, Result]:
 
 
 class Adder:
-    """``add_found`` of a warp: what its first lane asks for, and what it adds to what.
+    """``find`` and ``add_up`` of a warp: what its first lane asks for, and what it adds to what.
 
-    A contribution is told by its column and its number among the column's.
+    A contribution is told by its slot in y, which is also its weight's number.
 
     Args:
         c: constants.
-        parts: how many contributions columns have, those that are the last of their tokens.
-        which: of the two warps.
         at_once: copies come at once, or else as late as the waits allow.
     """
 
-    WITHIN, TABLE, MOST = "void add_found(", 1 << 20, 100
-
-    def __init__(self, c: dict[str, Any], parts: dict[int, int], which: int, at_once: bool) -> None:
-        self.parts, self.at_once = parts, at_once
-        self.cells: dict[int, int] = {}  # numbers of contributions that came
+    def __init__(self, c: dict[str, Any], at_once: bool) -> None:
+        self.at_once = at_once
+        made = c_find(DOWN, ("static Adder of(",), "return").replace("Adder{", "(")
+        scope = c_locals(DOWN, "static Adder of(", "pairs", {**c, "memory": 0})
+        scope |= {"p": None, "slices": None}
+        _, _, cells, pairs, tokens = c_value(made.replace("}", ")"), scope)
+        self.scope = {**c, "lane": 0, "cells": cells, "pairs": pairs, "tokens": tokens, "y": 0}
+        self.scope |= {"__uint_as_float": int, "lds128": self.read, "lds32": self.memory_of}
+        self.scope |= c_locals(DOWN, "void add_up(", "kPairs", self.scope)
+        self.memory: dict[int, Any] = {}
         self.groups: list[list[tuple[int, int]]] = []
-        tables = SimpleNamespace(cells=0, part=self.part, owner=lambda i, column: column * 16)
-        scope = {**c, "tables": tables, "which": lambda: which, "lane": 0, "table_of": int, "n": 0}
-        scope |= {"lds32": self.owner_word, "__ffsll": lambda bits: (bits & -bits).bit_length()}
-        scope |= {"y": 0, "__uint_as_float": int}
-        self.scope = c_locals(DOWN, self.WITHIN, "kPairs kPartBytes cells", scope)
-        self.coming = self.at = self.end = 0
-        text = c_text(DOWN)
-        wait = re.search(r"async_copy_wait<(.*?)>\(\);", text[text.index(self.WITHIN) :])
-        behind = re.search(r"if \(cell == (.*?)\) cell = ", text)
-        assert wait is not None and behind is not None
-        self.pending, self.behind = c_value(wait[1], self.scope), behind[1]
+        wait = re.search(r"async_copy_wait<(.*?)>\(\);", c_text(DOWN))
+        assert wait is not None
+        self.pending = c_value(wait[1], self.scope)
 
-    def owner_word(self, address: int) -> int:
-        column, word = divmod(address, 16)
-        assert word == 8, "the third word of an owner"
-        return self.parts[column]
+    def memory_of(self, address: int) -> Any:
+        assert 0 <= address < self.scope["kAdderBytes"]
+        return self.memory[address]
 
-    def part(self, table: int, column: int) -> int:
-        """Address of a column's contributions."""
-        address = self.TABLE + column * self.scope["kMostParts"] * self.scope["kPartBytes"]
-        return int(address)
+    def read(self, address: int) -> Any:
+        assert address % 16 == 0
+        return self.memory_of(address)
 
-    def two(self, address: int) -> SimpleNamespace:
-        """Slots and weights of two contributions, as they are read together."""
-        assert address % 16 == 0, "16 bytes"
-        bytes_ = self.scope["kMostParts"] * self.scope["kPartBytes"]
-        column, inside = divmod(address - self.TABLE, bytes_)
-        assert inside + 2 * self.scope["kPartBytes"] <= bytes_, "another column's"
-        slot = column * self.MOST + inside // self.scope["kPartBytes"]
-        return SimpleNamespace(x=slot, y=slot, z=slot + 1, w=slot + 1)
+    def find(self, rows: list[tuple[int, list[int]]]) -> int:
+        """Tokens of 32 columns with the slots of what they are to add up, none for others."""
+        within, end = "int find(", 0
+        for token, slots in rows:
+            scope = self.scope | {"count": len(slots), "token": token}
+            end += c_value(c_find(DOWN, (within,), "end"), scope)
+            begin = c_value(c_find(DOWN, (within,), "begin"), scope | {"end": end})
+            for i in range(begin, end):
+                scope |= {"i": i, "begin": begin, "end": end, "two": None}
+                both = slots[2 * (i - begin) :][:2]
+                # What is in memory behind a token's last one is anything; 0 is no weight.
+                two = SimpleNamespace(x=both[0], y=both[0] + 1, z=77, w=78)
+                if len(both) == 2:
+                    two = SimpleNamespace(x=both[0], y=both[0] + 1, z=both[1], w=both[1] + 1)
+                alone = re.search(r"if \((\(i - begin\).*?)\) two\.w = 0;", c_text(DOWN))
+                assert alone is not None
+                if c_value(alone[1], scope):
+                    two.w = 0
+                to, _ = c_value(c_find(DOWN, (within,), "sts128("), scope)
+                assert to % 16 == 0 and to >= self.scope["pairs"]
+                self.memory[to] = two
+                last = c_find(DOWN, (within,), "sts32(").replace("~0u", "-1")
+                to, value = c_value(last, scope)
+                assert self.scope["tokens"] <= to <= self.scope["kAdderBytes"] - 4
+                self.memory[to] = value
+        return end
 
     def value(self, after: str, name: str, **more: Any) -> Any:
-        """Of an expression behind ``after``."""
-        return c_value(c_find(DOWN, (self.WITHIN, after), name), self.scope | more)
+        """Of an expression of ``add_up``."""
+        return c_value(c_find(DOWN, ("void add_up(", after), name), self.scope | more)
 
-    def column_of(self, found: int) -> int:
-        text = c_find(DOWN, ("int column_of(",), "return").replace("static_cast<long long>", "")
-        return int(c_value(text, self.scope | {"found": found}))
-
-    def ask(self, cell: int) -> None:
-        after = "coming &= coming - 1;"
-        if self.at >= self.end and self.coming != 0:
-            c = self.column_of(self.coming)
-            self.coming &= self.coming - 1
-            self.at = self.value(after, "at", c=c)
-            self.end = self.value(after, "end", c=c, at=self.at)
+    def ask(self, i: int, count: int) -> None:
         copies = []
-        if self.at < self.end:
-            more = {"two": self.two(self.at), "cell": cell}
-            copies.append(self.value(after, "async_copy16(", **more))
-            if self.at + self.scope["kPartBytes"] < self.end:
-                copies.append(self.value("if (at + kPartBytes < end)", "async_copy16(", **more))
-            self.at += self.value(after, "at +=")
+        if i < count:
+            two = self.value("auto ask", "two", i=i)
+            cell = self.value("auto ask", "cell", i=i)
+            copies.append(self.value("auto ask", "async_copy16(", two=two, cell=cell))
+            if two.w != 0:
+                copies.append(self.second(two, cell))
         slots = [(to, *divmod(source, self.scope["kRowBytes"])) for to, source in copies]
         assert not any(rest for _, _, rest in slots)
         self.groups.append([(to, slot) for to, slot, _ in slots])
         if self.at_once:
             self.come(0)
 
+    def second(self, two: Any, cell: int) -> Any:
+        text = c_text(DOWN)
+        text = text[text.index("if (two.w != 0) async_copy16(") :]
+        found = re.match(r"if \(two\.w != 0\) async_copy16(\(.*?\));", text, re.S)
+        assert found is not None
+        return c_value(found[1], self.scope | {"two": two, "cell": cell})
+
     def come(self, pending: int) -> None:
         """What all but the last groups have asked for."""
         while len(self.groups) > pending:
-            self.cells |= dict(self.groups.pop(0))
+            for to, slot in self.groups.pop(0):
+                assert 0 <= to <= self.scope["pairs"] - self.scope["kRowBytes"]
+                self.memory[to] = slot
 
-    def run(self, found: int) -> dict[int, list[int]]:
-        """Numbers of the contributions of each column, in the order of the additions."""
-        self.coming = found
+    def add_up(self, count: int) -> list[tuple[int, list[int]]]:
+        """Tokens, and slots of their contributions in the order of the additions."""
         for i in range(self.scope["kPairs"]):
-            self.ask(self.value("i < kPairs", "ask(", i=i))
-        sums: dict[int, list[int]] = {}
-        cell = self.value("i < kPairs", "cell")
-        while found:
-            c = self.column_of(found)
-            found &= found - 1
-            assert c not in sums, "a column twice"
-            sums[c] = []
-            part = self.value("u64 rest", "part", c=c)
-            owner = SimpleNamespace(z=self.parts[c])
-            last = self.value("u64 rest", "last", part=part, owner=owner)
-            while part < last:
-                self.come(self.pending)
-                two = self.two(part)
-                where = {"lds128": self.cells.get, "cell": cell}
-                v = {name: self.value("async_copy_wait", name, **where) for name in ("v0", "v1")}
-                adding = [self.value("async_copy_wait", "sum(", total=0, two=two, **v)]
-                if part + self.scope["kPartBytes"] < last:
-                    more = self.value("if (part + kPartBytes", "sum(", total=0, two=two, **v)
-                    adding.append(more)
-                for _, slot, weight in adding:
-                    assert slot == weight and slot // self.MOST == c, "another contribution"
-                    sums[c].append(slot % self.MOST)
-                self.ask(self.value("async_copy_wait", "ask(", cell=cell))
-                cell += self.value("async_copy_wait", "cell +=")
-                if cell == c_value(self.behind, self.scope):
-                    cell = self.value("if (cell == ", "cell")
-                part += 2 * self.scope["kPartBytes"]
-        assert not any(self.groups) and self.coming == 0
+            self.ask(i, count)
+        sums, total = [], []
+        for i in range(count):
+            self.come(self.pending)
+            cell = self.value("async_copy_wait", "cell", i=i)
+            two = self.value("async_copy_wait", "two", i=i)
+            assert self.memory[cell] == two.x == two.y - 1, "another contribution"
+            total.append(two.x)
+            if two.w != 0:
+                at = cell + self.scope["kRowBytes"]
+                assert self.memory[at] == two.z == two.w - 1, "another contribution"
+                total.append(two.z)
+            token = self.value("async_copy_wait", "token", i=i)
+            self.ask(self.value("async_copy_wait", "ask(", i=i), count)
+            if token >= 0:
+                sums.append((token, total))
+                total = []
+        assert not any(self.groups) and not total
         return sums

@@ -2,7 +2,7 @@
 
 The statements follow ``prefill_ring.cuh``, ``prefill_tables.cuh`` and ``prefill_down.cu``; items,
 slices and addresses are their own. A wait that never ends, a contribution that is read before it is
-published or after it was overwritten, and tables, scales and results that are another item's all
+published or after it was overwritten, and owners, scales and results that are another item's all
 show. Of a warpgroup there are two warps, which do not go in step.
 """
 
@@ -17,11 +17,13 @@ from typing import Any
 
 from hopper_sorted import DOWN, TABLES, Slices, constants
 from kernel_source import c_find, c_value
-from simulated_warps import Barrier, Wait, Warp, run_warps
+from simulated_warps import Barrier, Warp, run_warps
 
 WGS, WARPS, ADDERS = 3, 2, 2
 TILE = 4
-"""Most columns; an adder has half of them."""
+"""Most columns."""
+FOUND = 2
+"""Columns that a warp looks through at a time for sums that it makes."""
 PAIRS = 2
 """Pairs of contributions that are asked for ahead."""
 
@@ -98,13 +100,13 @@ class Call:
         self.stages, self.ring = shape
         self.random = random.Random(seed)
         self.on_the_way: list[Callable[[], None]] = []
-        self.claimed = 0
+        self.claimed = self.summed = 0
         self.y: dict[tuple[int, int, int], tuple[int, int]] = {}  # by block's buffer, wg, slot
         self.done: set[tuple[int, int]] = set()
         self.left, self.several = [0] * slices.count(), slices.count() > 2
         self.out: dict[tuple[int, int], list[int]] = {}  # slots that were added up
         c = constants(DOWN, 128)
-        self.queue, self.tables, self.ahead = c["kQueue"], c["kTables"], c["kAhead"]
+        self.queue, self.ahead = c["kQueue"], c["kAhead"]
         assert c["kAdders"] == ADDERS
         self.items: dict[int, Any] = {}
         self.buffers = {
@@ -120,16 +122,17 @@ class Call:
         return SimpleNamespace(
             items=[None] * self.queue,
             queue_full=[Barrier(1) for _ in range(self.queue)],
-            queue_empty=[Barrier(warps + 1 + ADDERS) for _ in range(self.queue)],
+            queue_empty=[Barrier(warps + 1) for _ in range(self.queue)],
             stages=[None] * self.ring,
             stage_full=[Barrier(1) for _ in range(self.ring)],
             stage_empty=[Barrier(warps) for _ in range(self.ring)],
-            tables=[None] * self.tables,
-            full=[Barrier(1) for _ in range(self.tables)],
-            stored=[Barrier(warps) for _ in range(self.tables)],
+            owners=None,  # the item's number
+            full=Barrier(1),
+            stored=Barrier(warps),
             scaled=Barrier(1),
             scales=[None] * TILE,  # the item's number
             named=[Barrier(WARPS) for _ in range(WGS)],
+            ended=Barrier(warps),
             results=[[[None] * TILE for _ in range(WARPS)] for _ in range(WGS)],  # `out`, the same
             not_ended=warps + 2 + ADDERS,
         )
@@ -139,7 +142,7 @@ class Call:
         warps = []
         for rank, cta in enumerate(self.ctas):
             mine = [self.produce_stages(cta), self.clerk(cta)]
-            mine += [self.finish(cta, which) for which in range(ADDERS)]
+            mine += [self.add() for _ in range(ADDERS)]
             mine += [self.consume(cta, wg, warp) for wg in range(WGS) for warp in range(WARPS)]
             warps += [self.counted(rank, warp) for warp in mine]
         run_warps(warps, self.random, self.on_the_way)
@@ -188,30 +191,18 @@ class Call:
                 at += 1
             n += 1
 
-    # ---- tables ----------------------------------------------------------------------------------
-    def value(self, name: str, n: int) -> int:
-        """What a function of an item's number returns."""
-        text = c_find(TABLES, (f" {name}(int n)",), "return")
-        return int(c_value(text, {"n": n, "kTables": self.tables}))
-
-    def barrier(self, cta: SimpleNamespace, name: str, n: int) -> tuple[Barrier, Wait]:
-        """``full`` or ``stored`` of the n-th item, and whether its phase has ended."""
-        at, parity = self.value("table_of", n), self.value("table_phase", n)
-        if self.broken == f"one {name}":
-            at, parity = 0, n & 1
-        barrier: Barrier = getattr(cta, name)[at]
-        return barrier, barrier.passed(parity)
-
-    def passed(self, cta: SimpleNamespace, name: str, n: int) -> Wait:
-        return self.barrier(cta, name, n)[1]
+    # ---- the clerk -------------------------------------------------------------------------------
+    def phase(self, n: int) -> int:
+        """``phase_of``."""
+        text = c_find(TABLES, (" phase_of(int n)",), "return")
+        return int(c_value(text, {"n": n}))
 
     def owner(self, cta: SimpleNamespace, n: int, tile: int, c: int) -> SimpleNamespace:
-        assert cta.tables[self.value("table_of", n)] == n, "another item's table"
+        assert cta.owners == n, "another item's owners"
         return self.problem.owners[tile, c]
 
-    # ---- the clerk -------------------------------------------------------------------------------
     def clerk(self, cta: SimpleNamespace) -> Warp:
-        me = SimpleNamespace(cta=cta, settled=0, free_below=0, posted=0, items=1 << 30)
+        me = SimpleNamespace(cta=cta, free_below=0, posted=0, items=1 << 30)
         me.next, self.claimed = self.claimed, self.claimed + 1
         for _ in range(self.ahead):
             yield from self.post(me)
@@ -226,51 +217,37 @@ class Call:
                 yield from self.fetch(me, n + 1)
             yield from self.publish(me, n)
             n += 1
-        if self.broken != "end":
-            yield from self.settle(me, me.items)
 
     def post(self, me: SimpleNamespace) -> Warp:
         if me.posted > me.items:
             return
         item = self.described(me.next)
         me.next, self.claimed = self.claimed, self.claimed + 1
-        yield from self.settle(me, me.posted - self.queue + 1)
-        me.cta.items[me.posted % self.queue] = me.posted, item
+        at, phase = me.posted % self.queue, me.posted // self.queue & 1
+        yield me.cta.queue_empty[at].passed(phase ^ 1)
+        me.cta.items[at] = me.posted, item
         yield now
-        me.cta.queue_full[me.posted % self.queue].arrive()
+        me.cta.queue_full[at].arrive()
         if item is None:
             me.items = me.posted
         me.posted += 1
-
-    def settle(self, me: SimpleNamespace, count: int) -> Warp:
-        while me.settled < count:
-            n = me.settled
-            yield me.cta.queue_empty[n % self.queue].passed(n // self.queue & 1)
-            yield now
-            if self.broken != "early":
-                self.left[self.look(me.cta, n).slice] += self.several
-            me.settled += 1
 
     def publish(self, me: SimpleNamespace, n: int) -> Warp:
         item, cta = self.look(me.cta, n), me.cta
         if self.broken == "publish":
             self.done.add((item.step, item.block))
-        yield self.passed(cta, "stored", n)
+        yield cta.stored.passed(self.phase(n))
         self.done.add((item.step, item.block))
-        if self.broken == "early":
-            self.left[item.slice] += self.several
 
     def fetch(self, me: SimpleNamespace, n: int) -> Warp:
         cta = me.cta
-        yield from self.settle(me, n - self.tables + (self.broken != "table"))
         if self.broken != "slice":
             yield from self.wait_slice(me, n)
-        full, _ = self.barrier(cta, "full", n)
-        full.arrive(1)
+        cta.full.arrive(1)
 
         def copy() -> None:
-            cta.tables[self.value("table_of", n)] = n
-            full.came(1)
+            cta.owners = n
+            cta.full.came(1)
 
         self.on_the_way.append(copy)
         yield now
@@ -279,18 +256,13 @@ class Call:
         at = self.look(me.cta, n).slice
         if at < 2 or me.free_below > at - 2:
             return
-        last = n
-        while last > me.settled and self.look(me.cta, last - 1).slice > at - 2:
-            last -= 1
-        if self.broken != "settle":
-            yield from self.settle(me, last)
         fewer = self.slices.tiles if self.broken == "target" else 0
         yield lambda: self.left[at - 2] >= self.targets[at - 2] - fewer
         me.free_below = at - 1
 
     def scale(self, me: SimpleNamespace, n: int) -> Warp:
         cta = me.cta
-        yield self.passed(cta, "full", n)
+        yield cta.full.passed(self.phase(n))
         for c in range(TILE):
             if c < self.problem.counts[self.look(cta, n).step]:
                 self.owner(cta, n, self.look(cta, n).step, c)
@@ -305,18 +277,23 @@ class Call:
             yield cta.queue_full[me.n % self.queue].passed(me.n // self.queue & 1)
             item = self.look(cta, me.n)
             if item is None:
-                return
+                break
             idle = item.block * WGS + wg >= self.slices.row_tiles
             yield from self.multiply(me)
             if self.broken != "scaled" and not (idle and self.broken == "idle"):
-                yield cta.scaled.passed(self.value("phase_of", me.n))
+                yield cta.scaled.passed(self.phase(me.n))
             if not idle:
                 yield from self.leave(me, item)
-            self.barrier(cta, "stored", me.n)[0].arrive()
+            cta.stored.arrive()
             yield now
             self.look(cta, me.n)
             cta.queue_empty[me.n % self.queue].arrive()
             me.n += 1
+        cta.ended.arrive()
+        if self.broken != "ended":
+            yield cta.ended.passed(0)
+        cta.stages[me.at % self.ring] = "sums"
+        yield from self.add()
 
     def sync(self, me: SimpleNamespace) -> Warp:
         """Of the warps of a warpgroup."""
@@ -353,25 +330,25 @@ class Call:
             me.at += 1
 
     # ---- who adds up -----------------------------------------------------------------------------
-    def finish(self, cta: SimpleNamespace, which: int) -> Warp:
-        n = 0
-        while True:
-            yield cta.queue_full[n % self.queue].passed(n // self.queue & 1)
-            item = self.look(cta, n)
-            if item is None:
-                return
-            yield self.passed(cta, "full", n)
-            if self.broken != "stored":
-                yield self.passed(cta, "stored", n)
+    def add(self) -> Warp:
+        if self.problem.slots == 0 and not self.several:
+            return
+        number, self.summed = self.summed, self.summed + 1
+        while (item := self.described(number)) is not None:
+            number, self.summed = self.summed, self.summed + 1
+            if self.broken == "early":
+                self.left[item.slice] += self.several
             if self.broken != "tiles":
                 yield partial(self.are_done, item)
-            yield from self.add_up(cta, n, item, which)
-            self.look(cta, n)
-            cta.queue_empty[n % self.queue].arrive()
-            n += 1
+            for first in range(0, self.problem.counts[item.step], FOUND):
+                yield now
+                yield from self.add_up(item, first)
+            if self.broken != "early":
+                self.left[item.slice] += self.several
 
     def are_done(self, item: Any) -> bool:
-        return all((tile, item.block) in self.done for tile in range(item.step))
+        tiles = item.step + (self.broken != "own tile")
+        return all((tile, item.block) in self.done for tile in range(tiles))
 
     def contributions(self, item: Any, slots: list[int]) -> None:
         at = self.buffers[item.slice, item.block]
@@ -379,18 +356,17 @@ class Call:
             there = self.y.get((at, wg, slot))
             assert there == (slot, item.block), "a contribution that is not there"
 
-    def add_up(self, cta: SimpleNamespace, n: int, item: Any, which: int) -> Warp:
-        mine = range(which, self.problem.counts[item.step], ADDERS)
-        owners = [self.owner(cta, n, item.step, c) for c in mine]
+    def add_up(self, item: Any, first: int) -> Warp:
+        end = min(first + FOUND, self.problem.counts[item.step])
+        owners = [self.problem.owners[item.step, c] for c in range(first, end)]
         coming = iter([pair for owner in owners for pair in pairs_of(owner)])
         for _ in range(PAIRS):
             self.contributions(item, next(coming, []))
-        for c, owner in zip(mine, owners, strict=True):
+        for owner in owners:
             for pair in pairs_of(owner):
                 yield now
                 self.contributions(item, pair)  # they may come as late as this
                 self.contributions(item, next(coming, []))
-                self.owner(cta, n, item.step, c)
             slots = [slot for slot, _ in owner.parts]
             for wg in range(self.slices.row_tiles_of(item.block) if slots else 0):
                 self.store(owner.token, item.block * WGS + wg, slots)

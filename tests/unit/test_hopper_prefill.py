@@ -71,8 +71,8 @@ def test_every_pair_is_in_one_tile_of_its_expert(
     layer = Layer(experts, 7168, inner, 128, 128, top_k, False, False)
     ids = make(tokens * top_k, experts)
     monkeypatch.setattr(plan_prefill, "UP_LIST_PAIRS", 4096)
-    monkeypatch.setattr(plan_prefill, "CLUSTER_PAIRS", 0 if together == 2 else 1 << 30)
-    monkeypatch.setattr(plan_prefill, "CLUSTER_TOKENS", 1 << 30)
+    monkeypatch.setattr(plan_prefill, "CLUSTER_PAIRS", (0, 1 << 30 if together == 2 else 0))
+    monkeypatch.setattr(plan_prefill, "CLUSTER_ROWS", 2 * inner)
     plan = planned(layer, tokens, 132)
     own = inner == 256
     assert (plan.up.together, plan.down.together) == (together if own else 1, 1)

@@ -178,10 +178,10 @@ def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, ro
 
 
 @pytest.mark.parametrize(("tiles", "blocks"), [(1, 1), (32, 2), (33, 1), (70, 3), (1100, 1)])
-def test_an_item_waits_for_all_tiles_before_it_and_no_other(tiles: int, blocks: int) -> None:
+def test_sums_wait_for_their_tile_and_all_before_it_and_no_other(tiles: int, blocks: int) -> None:
     """``publish`` and ``wait_tiles``: a bit for each tile of a block, words for lanes in turn."""
     body, waiting = (" ".join((CSRC / file).read_text().split()) for file in (TABLES, DOWN))
-    assert "for (int w = threadIdx.x & 31; w <= word; w += 32) {" in waiting
+    assert "for (int w = threadIdx.x & 31; w < words; w += 32) {" in waiting
     assert "all = all && (seen & wanted) == wanted;" in waiting
     assert "while (!__all_sync(0xffffffffu, all));" in waiting
     (at_bit,) = re.findall(r'\[%0\], %1;" ::"l"\((done [^)]*)\), "r"\((1u << .*?)\) :', body)
@@ -199,14 +199,15 @@ def test_an_item_waits_for_all_tiles_before_it_and_no_other(tiles: int, blocks: 
         assert at not in set_by and 0 <= at[0] < blocks * words and at[1] < 32
         set_by[at] = step, block
         waits[step, block] = set()
-        scope = c_locals(DOWN, "void wait_tiles(", "step word done", scope)
-        for w in range(scope["word"] + 1):
+        scope |= {"item": item}
+        scope = c_locals(DOWN, "void wait_tiles(", "tiles words done", scope)
+        for w in range(scope["words"]):
             wanted = c_value(c_find(DOWN, ("void wait_tiles(",), "wanted"), scope | {"w": w})
             places = {(scope["done"] + w, i) for i in range(32) if wanted >> i & 1}
             assert wanted < 1 << 32
             waits[step, block] |= places
     for (step, block), places in waits.items():
-        assert {set_by[at] for at in places} == {(tile, block) for tile in range(step)}
+        assert {set_by[at] for at in places} == {(tile, block) for tile in range(step + 1)}
 
 
 def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:

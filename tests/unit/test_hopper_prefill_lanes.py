@@ -24,8 +24,7 @@ from sglang_w4afp8.kernels.hopper.plan import Kernel
 ROOT = Path(__file__).resolve().parents[2]
 RING, JOBS = "prefill_ring.cuh", "prefill_own_jobs.cuh"
 TABLES = "prefill_tables.cuh"
-SIZES = {"kCluster": 2, "kConsumers": 256, "kReaders": 11, "kWeightWarps": 2, "kTokenWarps": 4}
-SIZES["kAdders"] = int(c_find(TABLES, (), "kAdders"))
+SIZES = {"kCluster": 2, "kConsumers": 256, "readers": 11, "kWeightWarps": 2, "kTokenWarps": 4}
 SIZES["kTokenArrivals"] = int(c_find(RING, (), "kTokenArrivals"))
 # Arrivals by threads for themselves, and by warps.
 COPIES, QUEUE_FULL = (1, 0), (1, 0)  # who expects the bytes; who claims
@@ -50,8 +49,8 @@ ARRIVALS = {
     },
     TABLES: {
         "scaled()": (0, 1),  # the clerk
-        "full(i)": COPIES,
-        "stored(i)": (0, 8),
+        "full()": COPIES,
+        "stored()": (0, 8),
     },
     "gemm.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "own_down.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
@@ -62,7 +61,7 @@ ARRIVALS = {
 # Arrivals that are no warp's; their number in a file, by their line.
 OTHERS = {
     (RING, "barrier_arrive(bar);"): 1,  # claim: one lane works
-    (TABLES, "barrier_arrive(ring.queue_bars + posted % kQueue * 16);"): 1,  # as claim
+    (TABLES, "barrier_arrive(bar);"): 1,  # as claim
     (RING, "if (lane < kCluster) barrier_arrive_at(empty, lane);"): 1,  # a lane for each CTA
     (RING, "for (u32 to = 0; to < kCluster; ++to) barrier_arrive_at(empty, to);"): 1,  # all lanes
     (JOBS, "for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i), kLanes);"): 1,
@@ -130,6 +129,17 @@ def test_tokens_arrive_as_often_in_whatever_order_they_are() -> None:
         text = (build.CSRC / source).read_text()
         one_lane = re.findall(r"if \(lane == [01]\) barrier_expect_all\(", text)
         assert text.count("barrier_expect_all(") == len(one_lane) == 1
+
+
+def test_items_are_read_by_as_many_warps_as_the_barriers_count() -> None:
+    """Consumers and, of gate and up, three others; of down, who fills the ring."""
+    up, down = ((build.CSRC / f"prefill_{name}.cu").read_text() for name in ("up", "down"))
+    assert "kReaders = kConsumers / 32 + 3;" in (build.CSRC / RING).read_text()
+    assert "make_ring(shared, p.ring, 0);" in up
+    assert "make_ring(shared, p.ring, Tables::bytes(), kConsumers / 32 + 1);" in down
+    tables = (build.CSRC / TABLES).read_text()
+    readers = [text.count("reader.next(queue, ring)") for text in (tables, down)]
+    assert readers == [1, 0], "of produce_stages"
 
 
 def test_the_first_turn_is_passed_on_by_as_many_as_a_warp() -> None:

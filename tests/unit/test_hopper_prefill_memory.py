@@ -6,6 +6,7 @@ are held against: the order of the module ``layout``, and wgmma's operands as th
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hopper_sorted import down_copies
-from kernel_source import c_constants, c_find, c_locals, c_value, decode_words
+from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
 from sglang_w4afp8.packing import pack_int4
@@ -79,7 +80,7 @@ def stages(
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
     item = SimpleNamespace(block=block, expert=experts - 1, first=0, count=16)
-    if "kTables" in c:
+    if "kAdders" in c:
         found = []
         for stage in down_copies(c, item, k, rows, 16):
             found.append(torch.full((c["kStageBytes"],), 0x77, dtype=torch.uint8))
@@ -233,7 +234,7 @@ def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> l
     scope["address"] = c_value(c_find(COMMON, (loop,), "panel_descriptor("), scope)
     scope = c_locals(COMMON, "u64 panel_descriptor", "kSwizzle", scope)
     begin = c_value(c_find(COMMON, ("u64 panel_descriptor",), "return"), scope)
-    number = c_find(COMMON, (loop, "Mma<kN>::issue("), "column_step(").split(")")[0]
+    number = c_find(COMMON, ("void issue(", "Mma<"), "column_step(").split(")")[0]
     for group, j in product(range(c["kGroups"]), range(c["kSteps"])):
         step = {**c, "j": c_value(number, {**c, "group": group, "j": j})}
         descriptor = begin + c_value(c_find(COMMON, ("u64 column_step",), "return"), step)
@@ -245,6 +246,20 @@ def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> l
             address = start + token // 8 * stride + token % 8 * row_bytes + piece * 16
             found[token].append(address ^ (address >> 7 & bits) << 4)
     return found
+
+
+@pytest.mark.parametrize("k", [64, 128])
+@pytest.mark.parametrize("columns", range(16, 129, 16))
+def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
+    """Of ``multiply``: the second begins where the first ends, with a whole group of rows."""
+    c = constants(128, k, 64, TWO) | {"kN": columns}
+    cut = c_locals(COMMON, "void multiply(", "kFirst kSecond", c)
+    assert cut["kFirst"] + cut["kSecond"] == columns and (cut["kSecond"] > 0) == (columns >= 64)
+    widths = re.findall(r"struct Mma<(\d+)>", c_text("mma_wide.cuh") + c_text("mma.cuh"))
+    assert {cut["kFirst"], cut["kSecond"]} - {0} <= {*map(int, widths)}
+    text = c_find(COMMON, ("void multiply(",), "issue<kSecond>(")
+    *_, second, _ = c_value(text, cut | {"second": 0, "now": 0, "b": 0, "group": 0})
+    assert second * 16 == cut["kFirst"] * c["kPanel"] and cut["kFirst"] % 8 == 0
 
 
 @pytest.mark.parametrize("cut", [TWO, THREE])

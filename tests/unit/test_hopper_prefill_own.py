@@ -14,6 +14,7 @@ from hopper_own import (
     FEED,
     JOBS,
     KERNEL,
+    job_bytes,
     job_steps,
     own_constants,
     pack_step,
@@ -22,7 +23,7 @@ from hopper_own import (
     unpack_step,
 )
 from hopper_route import ROUTE
-from kernel_source import c_find, c_offsets, c_value
+from kernel_source import c_find, c_value
 
 from sglang_w4afp8.kernels.hopper import plan_own
 from sglang_w4afp8.kernels.hopper.build import CSRC
@@ -99,8 +100,10 @@ def test_shared_memory_holds_what_is_laid_out(layer: Layer) -> None:
             continue
         seen.add(down.kernel)
         c = own_constants(down.kernel)
-        job = c_offsets(JOBS, "Job")[1]
-        static = -(-(2 * job + 2 * 4) // 128) * 128  # what is dynamic has 128 bytes of alignment
+        assert c["kNobody"] == plan_own.OWN_NOBODY
+        static = (
+            -(-(2 * job_bytes() + 2 * 4) // 128) * 128
+        )  # what is dynamic has 128 bytes of alignment
         assert down.shared_bytes + static <= CTA_SHARED_BYTES
         max_steps = own_max_steps(layer, plan)
         for begin in range(0, 1024, 128):
@@ -110,7 +113,7 @@ def test_shared_memory_holds_what_is_laid_out(layer: Layer) -> None:
             for i in range(c["kTokenSlots"]):
                 spans.append((at("tokens", i), at("tokens", i) + c["kColumns"] * c["kK"]))
                 assert at("tokens", i) % (8 * c["kPanel"]) == 0, "where the swizzle repeats"
-            spans.append((s.sums, s.sums + (c["kMostTokens"] + 1) * 64 * 2))
+            spans.append((s.sums, s.sums + (c["kMostTokens"] + c["kNobody"]) * 64 * 2))
             assert s.token_slots % 1024 == 0 and s.sums % 128 == 0
             for i in range(c["kWeightSlots"]):
                 size = c["kTileBytes"] + c["kTileScaleBytes"]
@@ -161,10 +164,13 @@ def test_slots_and_warps_are_what_the_kernel_wants(layer: Layer) -> None:
         (left,) = (int(line.split(";")[0]) for line in text.split("dec.sync.aligned.u32 ")[1:])
         launched = 65_536 // c["kThreads"] // 8 * 8  # registers of a thread, before and after
         assert c["kThreads"] * launched >= c["kConsumers"] * taken + 256 * left
+        turns = c_value(c_find(FEED, ("void produce_weights",), "kTurns"), c)
+        assert turns == in_turn
+        scope = c | {"kTurns": turns}
         # Static assertions of the kernel, as the compiler would see them.
         for source in (KERNEL, FEED, JOBS):
             for line in (CSRC / source).read_text().split("static_assert(")[1:]:
-                assert c_value(line.split(', "")')[0], c), line
+                assert c_value(line.split(', "')[0], scope), line
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -2,18 +2,19 @@
 
 The statements follow ``prefill_own_jobs.cuh``, ``prefill_own.cuh`` and ``prefill_own_down.cu``; a
 barrier that never opens, a wait that mistakes a phase for the one two before it, and a slot that is
-overwritten too early all show. Of a warpgroup there are two warps, which do not go in step.
+overwritten too early all show. Of a warpgroup there are two warps, which do not go in step. Jobs in
+parts are those of several clusters.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from hopper_own import Part, Work
 from simulated_warps import Barrier, Warp, run_warps
 
 from sglang_w4afp8.kernels.hopper.plan_own import OWN_MOST_SLOTS, OWN_TOKEN_SLOTS
@@ -43,15 +44,12 @@ class Cluster:
 
     Args:
         sizes: of slots.
-        jobs: their numbers of steps.
-        seed: of the order of events.
+        work: shared with other clusters.
     """
 
-    def __init__(self, sizes: Sizes, jobs: list[int], seed: int) -> None:
-        self.z, self.jobs = sizes, jobs
-        self.random = random.Random(seed)
-        self.on_the_way: list[Callable[[], None]] = []
-        self.claimed = 0
+    def __init__(self, sizes: Sizes, work: Work) -> None:
+        self.z, self.work, self.on_the_way = sizes, work, work.on_the_way
+        self.claims: list[int] = []
         self.ctas = [self.cta() for _ in range(sizes.cluster)]
 
     def cta(self) -> SimpleNamespace:
@@ -73,6 +71,8 @@ class Cluster:
             numbers=[-1, -1],
             tables=[None, None],
             added=[[] for _ in range(WARPS)],
+            # A warp hands over or writes the sums of some tokens.
+            sums=[[] for _ in range(z.wgs * WARPS)],
             # Of named barriers, how many warps have come
             together=0,
         )
@@ -82,8 +82,7 @@ class Cluster:
             cta.turn[0][warp].arrive()
         return cta
 
-    def run(self) -> None:
-        """Until all warps have ended."""
+    def warps(self) -> list[Warp]:
         z, warps = self.z, []
         for rank in range(z.cluster):
             warps.append(self.describe(rank))
@@ -91,10 +90,13 @@ class Cluster:
             warps += [self.produce_tokens(rank, part) for part in range(z.token_warps)]
             for wg in range(z.wgs):
                 warps += [self.consume(rank, wg, warp) for warp in range(WARPS)]
-        run_warps(warps, self.random, self.on_the_way)
-        assert not self.on_the_way
+        return warps
+
+    def check(self) -> None:
+        """When all warps have ended."""
+        steps = sum(max(0, self.work.part(number).steps) for number in self.claims)
         for cta in self.ctas:
-            assert all(added == list(range(sum(self.jobs))) for added in cta.added), "out of order"
+            assert all(added == list(range(steps)) for added in cta.added), "out of order"
 
     def describe(self, rank: int) -> Warp:
         mine, n = self.ctas[rank], 0
@@ -102,42 +104,41 @@ class Cluster:
             i, phase = n & 1, n >> 1 & 1
             if rank == 0:
                 yield mine.number_empty[i].passed(phase ^ 1)
+                self.claims.append(self.work.claimed)
+                self.work.claimed += 1
                 for to in self.ctas:
-                    to.numbers[i] = self.claimed
+                    to.numbers[i] = self.claims[n]
                     yield lambda: True
                     to.number_full[i].arrive()
-                self.claimed += 1
             yield mine.number_full[i].passed(phase)
             number = mine.numbers[i]
             yield lambda: True
             self.ctas[0].number_empty[i].arrive()
             yield mine.table_empty[i].passed(phase ^ 1)
-            assert number == n, "a job twice or never"
-            steps = self.jobs[n] if n < len(self.jobs) else -1
-            mine.tables[i] = n, steps
+            assert number == self.claims[n], "a job twice or never"
+            job = mine.tables[i] = self.work.part(number)
             yield lambda: True
             mine.table_full[i].arrive()
-            if steps < 0:
+            if job.steps < 0:
                 return
             n += 1
 
-    def job(self, rank: int, n: int) -> int:
-        number, steps = self.ctas[rank].tables[n & 1]
-        assert number == n, "another job's table"
-        return steps
+    def job(self, rank: int, n: int) -> Part:
+        job: Part = self.ctas[rank].tables[n & 1]
+        assert job.number == self.claims[n], "another job's table"
+        return job
 
     def produce_weights(self, rank: int, part: int) -> Warp:
         z, mine, number, n = self.z, self.ctas[rank], 0, 0
         phases = [0] * z.weight_slots
         while True:
             yield mine.table_full[n & 1].passed(n >> 1 & 1)
-            steps = self.job(rank, n)
+            steps = self.job(rank, n).steps
             if steps < 0:
                 return
-            for _ in range(steps):
-                step, number = number, number + 1
-                if step % (z.cluster * z.weight_warps) != rank + z.cluster * part:
-                    continue
+            in_turn = z.cluster * z.weight_warps
+            for i in range((rank + z.cluster * part - number) % in_turn, steps, in_turn):
+                step = number + i
                 slot = step % z.weight_slots
                 if step >= z.weight_slots:
                     yield mine.weights_empty[slot].passed(phases[slot])
@@ -151,6 +152,7 @@ class Cluster:
                 for cta in self.ctas:
                     self.on_the_way += [partial(copy, cta, step)] * 2
                 yield lambda: True
+            number += steps
             mine.table_empty[n & 1].arrive()
             n += 1
 
@@ -169,7 +171,7 @@ class Cluster:
                     mine.table_empty[n & 1].arrive()
                 n += 1
                 yield mine.table_full[n & 1].passed(n >> 1 & 1)
-                steps = self.job(rank, n)
+                steps = self.job(rank, n).steps
                 if steps < 0:
                     break
             then = (base + own, n) if steps >= 0 and not later else None
@@ -206,7 +208,16 @@ class Cluster:
         to = (number + z.weight_slots) % z.cluster
         self.ctas[to].weights_empty[slot].arrive()
 
-    def take(self, rank: int, wg: int, warp: int, number: int, another: bool, turns: int) -> Warp:
+    def take(
+        self,
+        rank: int,
+        wg: int,
+        warp: int,
+        number: int,
+        another: bool,
+        turns: int,
+        of: tuple[int, int],
+    ) -> Warp:
         z, mine = self.z, self.ctas[rank]
         slot, meta = number % z.token_slots, number % (2 * z.token_slots)
         yield mine.tokens_full[slot].passed(number // z.token_slots & 1)
@@ -221,6 +232,8 @@ class Cluster:
             yield lambda: True
         yield mine.turn[wg][warp].passed(turns & 1)
         mine.added[warp].append(number)
+        for sums in mine.sums:
+            sums.append((*of, warp))
         yield lambda: True
         mine.turn[(wg + 1) % z.wgs][warp].arrive()
         if not z.early and another:
@@ -237,36 +250,61 @@ class Cluster:
         number, own, n, turns = 0, wg, 0, 0
         while True:
             yield mine.table_full[n & 1].passed(n >> 1 & 1)
-            steps = self.job(rank, n)
+            job = self.job(rank, n)
+            steps = job.steps
             if steps < 0:
                 return
             if own < steps:
                 yield from self.load(rank, warp, number + own)
             while own < steps:
-                another = own + z.wgs < steps
-                yield from self.take(rank, wg, warp, number + own, another, turns)
+                another, of = own + z.wgs < steps, (job.number, own)
+                yield from self.take(rank, wg, warp, number + own, another, turns, of)
                 turns, own = turns + 1, own + z.wgs
             own, number = own - steps, number + steps
             yield from self.sync(rank)
             assert len(mine.added[warp]) == number, "sums that are not complete"
-            self.job(rank, n)  # exponents of its table
-            yield from self.sync(rank)
+            sync = partial(self.sync, rank)
+            yield from self.work.finish(job, rank, wg * WARPS + warp, mine.sums, sync)
+            self.job(rank, n)  # exponents of its table were needed
             mine.table_empty[n & 1].arrive()
             n += 1
 
 
-def errors(sizes: Sizes, jobs: list[int], seeds: int) -> set[str]:
+def run(sizes: Sizes, jobs: list[list[int]], seed: int, clusters: int = 1) -> None:
+    """Until all warps of some clusters have ended."""
+    work = Work(jobs, WARPS, sizes.broken)
+    running = [Cluster(sizes, work) for _ in range(clusters)]
+    warps = [warp for cluster in running for warp in cluster.warps()]
+    run_warps(warps, random.Random(seed), work.on_the_way)
+    assert not work.on_the_way
+    for cluster in running:
+        cluster.check()
+    work.check(sizes.cluster, sizes.wgs * WARPS)
+
+
+def errors(sizes: Sizes, jobs: list[list[int]], seeds: int, clusters: int = 1) -> set[str]:
     """What goes wrong in so many orders of events."""
     found = set()
     for seed in range(seeds):
         try:
-            Cluster(sizes, jobs, seed).run()
+            run(sizes, jobs, seed, clusters)
         except AssertionError as error:
             found.add(str(error).splitlines()[0])
     return found
 
 
-JOBS = [[7, 4, 1, 9], [0, 0, 5, 0, 3], [40], [1] * 9, [13, 17, 2]]
+def whole(*jobs: int) -> list[list[int]]:
+    """Jobs that are not in parts."""
+    return [[steps] for steps in jobs]
+
+
+JOBS = [whole(7, 4, 1, 9), whole(0, 0, 5, 0, 3), whole(40), whole(*[1] * 9), whole(13, 17, 2)]
+IN_PARTS = [
+    [[7], [4], [5], [3, 2], [1, 4]],
+    [[2, 1, 0, 3], [0, 0, 0, 0], [4, 0, 1, 1]],
+    [[1], [1, 0], [0, 2], [9, 1], [1, 1]],
+    [[6, 5, 7]],
+]
 PLANNED = [
     Sizes(slots, token_slots, token_warps, weight_warps, cluster)
     for token_slots, token_warps in OWN_TOKEN_SLOTS
@@ -302,4 +340,30 @@ def test_the_simulation_sees_what_must_not_be(sizes: Sizes) -> None:
 
     And a warp that waits for the table of a job while it keeps tokens of the last but one.
     """
-    assert errors(sizes, [40, 23, 1, 1, 30], 150) != set()
+    assert errors(sizes, whole(40, 23, 1, 1, 30), 150) != set()
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_parts_of_a_job_meet_in_the_last(cluster: int, clusters: int) -> None:
+    """Whichever clusters have them, however far ahead they claim."""
+    for jobs in IN_PARTS:
+        assert errors(Sizes(cluster=cluster), jobs, 6, clusters) == set()
+
+
+@pytest.mark.parametrize(
+    ("broken", "wanted"),
+    [
+        ("flag first", "sums that were not handed over"),
+        ("no sync", "sums that were not handed over"),
+        ("one waits", "sums that were not handed over"),
+        ("not cleared", "other sums"),
+        ("first waits", "nobody can go on"),
+    ],
+)
+def test_the_simulation_sees_parts_that_do_not_meet(broken: str, wanted: str) -> None:
+    """A flag before all sums are in memory, warps that do not wait for it, and sums that stay.
+
+    And a first part that waits for others: its own cluster may have claimed them.
+    """
+    assert wanted in errors(Sizes(cluster=1, broken=broken), IN_PARTS[0], 30, 2)

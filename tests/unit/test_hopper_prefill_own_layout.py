@@ -12,7 +12,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hopper_own import FEED, JOBS, KERNEL, job_steps, own_constants, shared_at, shared_map
+from hopper_own import (
+    FEED,
+    JOBS,
+    KERNEL,
+    job_steps,
+    own_constants,
+    shared_at,
+    shared_map,
+    sum_offset,
+)
 from hopper_own import unpack_step as unpack
 from hopper_route import ROUTE, Route, column_for, columns_of, names_twice, rank_in_order, words_of
 from kernel_source import c_constants, c_find, c_locals, c_value
@@ -109,12 +118,18 @@ def added_at(base: int, warp: int, lane: int) -> tuple[list[tuple[int, int]], in
     scope = c_locals(KERNEL, "void add(", "g q mine", {"lane": lane, "warp": warp})
     found = []
     for b in range(6):
-        meta: dict[int, int] = {8 * i: base + i for i in range(48)}  # what columns are
+        meta: dict[int, int] = {8 * i: base + i for i in range(48)}  # where columns' sums are
+        meta |= {8 * i + 4: i for i in range(48)}  # and their weights
         address = c_value(c_find(KERNEL, ("void add(",), "lds128("), {**scope, "meta": 0, "b": b})
-        m = SimpleNamespace(x=meta[address], z=meta[address + 8])
-        for at in ("at[2 * b]", "at[2 * b + 1]"):
-            where = c_value(c_find(KERNEL, ("void add(",), at), scope | {"m": m}) ^ scope["mine"]
-            found.append((b * 8 + scope["q"] * 2 + (at != "at[2 * b]"), where - base))
+        m = SimpleNamespace(**{name: meta[address + 4 * i] for i, name in enumerate("xyzw")})
+        for at in ("[2 * b]", "[2 * b + 1]"):
+            where, weight = (
+                c_value(c_find(KERNEL, ("void add(",), name + at), scope | {"m": m})
+                for name in ("at", "by")
+            )
+            column = b * 8 + scope["q"] * 2 + (at != "[2 * b]")
+            assert weight == column
+            found.append((column, (where ^ scope["mine"]) - base))
     return found, scope["mine"]
 
 
@@ -125,13 +140,8 @@ def test_a_lane_adds_to_the_columns_of_its_accumulators() -> None:
             # wgmma: v[4 b + 0, 1] are columns 8 b + 2 q and the next, the other two 8 rows below
             assert column == number == place // 2 * 8 + lane % 4 * 2 + place % 2
     for name, low, high in (("more[2 * b]", 0, 2), ("more[2 * b + 1]", 1, 3)):
-        scope = {"b": 5, "v": list(range(24)), "w0": 1, "w1": 1, "pack_half": lambda *two: two}
+        scope = {"b": 5, "v": list(range(24)), "pack_half": lambda *two: two}
         assert c_value(c_find(KERNEL, ("void add(",), name), scope) == (20 + low, 20 + high)
-
-
-def sum_offset(t: int) -> int:
-    offset: int = c_value(c_find(JOBS, ("u32 sum_offset",), "return"), {"t": t})
-    return offset
 
 
 @pytest.mark.parametrize(
@@ -153,12 +163,21 @@ def test_every_sum_comes_to_its_column(rows: int, k: int, tiles: int) -> None:
             assert address not in owners, "two sums in one place"
             owners[address] = t, warp, lane // 4, half
             assert base <= address < base + c["kMostTokens"] * 128
-    # Columns without a pair have the row behind all tokens.
-    scope = {**c, "s": s}
-    padding = c_value(c_find(FEED, ("void produce_tokens",), "u32 at"), scope)
-    assert padding == base + c["kMostTokens"] * 128 and padding % 128 == 0
-    assert all(added_at(0, w, lane)[1] < 128 for w, lane in product(range(4), range(32)))
-    assert "i < (kMostTokens + 1) * 8; i += kConsumers" in c_text_of("void consume()")
+    # Columns without a pair have rows behind all tokens, and lanes share none of their words.
+    nobody = int(c_find(JOBS, (), "kNobody"))
+    scope = {**c, "s": s, "kNobody": nobody, "sum_offset": sum_offset}
+    text = c_find(FEED, ("void produce_tokens",), "u32 at")
+    padding = [c_value(text, scope | {"lane": column % 32}) for column in range(48)]
+    behind = range(base + c["kMostTokens"] * 128, base + (c["kMostTokens"] + nobody) * 128)
+    for warp, lane in product(range(4), range(32)):
+        found, mine = added_at(0, warp, lane)
+        for address in {padding[column] ^ mine for column, _ in found}:
+            for half in range(2):
+                owner = owners.setdefault(address + 2 * half, (-1, warp, lane, half))
+                assert owner == (-1, warp, lane, half), "two lanes' sums in one place"
+            assert address in behind
+    assert sum(owner[0] < 0 for owner in owners.values()) == nobody * 64
+    assert "i < (kMostTokens + kNobody) * 8; i += kConsumers" in c_text_of("void consume()")
     outputs: dict[tuple[int, int], tuple[int, ...]] = {}
     for tile, t in product(range(rows // 64), (0, 1, 2, 3, 6, 255)):
         for word, place in words_written(c | {"s": s}, rows, tile, t):

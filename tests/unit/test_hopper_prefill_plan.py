@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 from math import gcd
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 LAYERS = [
     Layer(256, 7168, 256, 128, 128, 8, False, False),  # TP8
     Layer(256, 7168, 128, 128, 128, 8, False, True),  # TP16
+    Layer(256, 7168, 128, 128, 128, 8, False, False),
     Layer(256, 7168, 64, 128, 64, 8, True, False),  # TP32
     Layer(32, 7168, 2048, 128, 128, 8, False, False),  # EP8
     Layer(128, 4096, 192, 128, 64, 8, False, False),
@@ -112,24 +113,24 @@ def test_kernels_agree_on_the_order_of_the_list(layer: Layer) -> None:
     assert route["kBlockRows"] == c[0]["kBlockRows"] == plan_prefill.BLOCK_ROWS
     sizes = [c_offsets("prefill_lists.cuh", name)[1] for name in ("Owner", "Part")]
     assert sizes == [plan_prefill.OWNER_BYTES, plan_prefill.PART_BYTES]
-    assert c[1]["kMostParts"] == plan.most_parts and c[1]["kTables"] == plan_prefill.TABLES
+    assert c[1]["kMostParts"] == plan.most_parts
     # A token has no more rows than experts; bulk copies are of 16 bytes at 16 bytes.
     assert plan.most_parts >= layer.top_k and plan.most_parts * sizes[1] % 16 == 0
-    assert c[1]["kTableBytes"] % 16 == c[1]["kOwnerBytes"] % 16 == 0
+    assert c[1]["kOwnerBytes"] % 16 == 0
     assert (c[1]["kAdders"], c[1]["kCells"]) == (plan_prefill.ADDERS, plan_prefill.CELLS)
     assert c[1]["kRowBytes"] == plan_prefill.BLOCK_BYTES and c[1]["kCells"] % 2 == 0
     # Behind the stages: one after the other, and barriers that are nobody else's.
-    found = c_locals("prefill_tables.cuh", "Tables at(", "tables cells scales", c[1] | {"begin": 0})
+    begin = c[1] | {"begin": 0}
+    found = c_locals("prefill_tables.cuh", "Tables at(", "owners adders scales", begin)
     made = c_find("prefill_tables.cuh", ("Tables at(",), "return").replace("Tables{", "(")
     begins = c_value(made.replace("}", ")"), found)
-    sizes = [c[1]["kOutStride"] * c[1]["kTokens"], c[1]["kTables"] * c[1]["kTableBytes"]]
-    sizes += [c[1]["kAdders"] * c[1]["kCells"] * c[1]["kRowBytes"], 4 * c[1]["kTokens"]]
+    sizes = [c[1]["kOutStride"] * c[1]["kTokens"], 16 * c[1]["kTokens"]]
+    sizes += [c[1]["kAdders"] * c[1]["kAdderBytes"], 4 * c[1]["kTokens"]]
     assert begins == tuple(accumulate(sizes, initial=0)) and all(at % 16 == 0 for at in begins)
-    scope: dict[str, Any] = {"bars": begins[-1], "table_of": lambda n: n}
-    bars = [c_value(c_find("prefill_tables.cuh", ("u32 scaled()",), "return"), scope)]
-    for name, n in product(("full", "stored"), range(c[1]["kTables"])):
-        text = c_find("prefill_tables.cuh", (f"u32 {name}(int n)",), "return")
-        bars.append(c_value(text, scope | {"n": n}))
+    bars = []
+    for name in ("scaled", "full", "stored"):
+        text = c_find("prefill_tables.cuh", (f"u32 {name}()",), "return")
+        bars.append(c_value(text, {"bars": begins[-1]}))
     apart = [b - a for a, b in pairwise(sorted(bars))]
     assert min(bars) == begins[-1] and min(apart) >= 8 and all(bar % 8 == 0 for bar in bars)
     assert max(bars) + 8 <= c_value(TABLE_BYTES, c[1])
@@ -200,19 +201,20 @@ def test_more_experts_per_token_than_a_warp_can_list() -> None:
 def test_clusters_are_whole(layer: Layer, sms: int) -> None:
     """Each CTA has one of a stage's two copies, no tile is without a partner, and both start."""
     ahead = set(all_paths.kernels(layer, sms))
-    whole_blocks = 2 * layer.inner % 256 == 0
+    one_block = 2 * layer.inner == 256
+    least, most = (pairs * layer.experts for pairs in plan_prefill.CLUSTER_PAIRS)
+    assert most == 2 * least, "so that a power of two is between them"
+    first = -(-least // layer.top_k)
     seen = set()
-    for tokens in TOKENS:
+    for tokens in {*TOKENS, first - 1, first, most // layer.top_k, most // layer.top_k + 1} - {0}:
         found = planned(layer, tokens, sms)
         _, up, down = found.launches
         defines = dict(up.kernel.defines)
         cluster = defines.get("W4_CLUSTER", 1)
         seen.add(cluster)
         pairs = tokens * layer.top_k
-        many = pairs >= plan_prefill.CLUSTER_PAIRS * layer.experts
-        many = many and tokens <= plan_prefill.CLUSTER_TOKENS
-        may = whole_blocks and sms % 2 == 0 and not layer.dynamic and layer in OWN
-        assert cluster == (2 if many and may else 1)
+        may = one_block and sms % 2 == 0 and not layer.dynamic and layer in OWN
+        assert cluster == (2 if least <= pairs < most and may else 1)
         assert cluster == 1 or (defines["W4_PER_WG"], defines["W4_TILES"]) == (2, 1)
         assert (found.up.together, found.down.together) == (cluster, 1)
         assert up.grid[0] % cluster == 0
@@ -220,9 +222,6 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
         assert down.grid[0] % shared == 0 and (shared == 1 or layer in OWN)
         # Kernels are built before a graph is captured.
         assert {launch.kernel for launch in found.launches} <= ahead
-    # 512 experts never have several tiles each before tokens come from memory.
-    few = plan_prefill.CLUSTER_TOKENS * layer.top_k < plan_prefill.CLUSTER_PAIRS * layer.experts
-    may = whole_blocks and sms % 2 == 0 and not layer.dynamic and not few and layer in OWN
     assert seen == ({1, 2} if may else {1})
 
 
@@ -297,12 +296,13 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
             assert (up.b_scale, down.b_scale) == (route.x_scale, up.q_row_scale)
         assert (up.b, down.b, up.arrived) == (route.xq, up.q, route.arrived)
         assert room(down.y) >= down.y_bytes == plan.slice_bytes
-        # Counters, made zero by route: two claims, a bit for each item of down, its slices, and
-        # tiles with dynamic scales.
+        # Counters, made zero by route: claims, a bit for each item of down, its slices, and tiles
+        # with dynamic scales.
         tiles, blocks = lists.max_tiles, -(-layer.hidden // 192)
         assert up.claimed == route.zeros and down.claimed == (up.claimed or 0) + 4
         words = -(-tiles // plan_prefill.DONE_TILES)
-        assert down.done == down.claimed + 4 and down.left == down.done + 4 * words * blocks
+        assert down.summed == down.claimed + 4 and down.done == down.summed + 4
+        assert down.left == down.done + 4 * words * blocks
         assert up.tile_count == down.left + 4 * blocks
         zeroed = (route.zeros or 0) + 4 * route.zero_count
         assert zeroed == up.tile_count + 4 * tiles * layer.dynamic
@@ -352,10 +352,15 @@ def test_workspace_has_room_for_what_owners_of_outputs_read(layer: Layer) -> Non
         assert own.expert_scales % 8 == 0, "read eight at a time"
         assert room(up.q) >= rows * layer.inner and (up.q_rows, down.b_rows) == (rows, rows)
         assert up.q_row_scale == down.b_scale or not layer.dynamic
-        # Counters, made zero by route: two claims, and tiles with dynamic scales.
-        assert down.claimed == (up.claimed or 0) + 4 and up.tile_count == down.claimed + 4
+        # Counters, made zero by route: claims, tiles with dynamic scales, parts handed over.
+        assert down.claimed == (up.claimed or 0) + 4 and up.tile_count == down.claimed + 8
         tiles = up.lists * up.max_tiles * layer.dynamic
-        assert (route.zeros or 0) + 4 * route.zero_count == up.tile_count + 4 * tiles
+        jobs = plan.jobs
+        assert jobs is not None and down.handed == up.tile_count + 4 * tiles
+        assert (route.zeros or 0) + 4 * route.zero_count == down.handed + 4 * jobs.places
+        assert (down.whole, down.job_parts) == (jobs.whole, jobs.parts)
+        assert room(down.sums) >= jobs.sum_bytes and down.sums % 16 == 0
+        assert down.sums == route.xq or down.sums not in parts.values()
         assert room(route.zeros) >= 4 * route.zero_count
         assert (up.lists, up.list_pairs) == (plan.up.count, plan.up.tokens * layer.top_k)
         assert up.lists == 1 or up.list_pairs % plan.part_pairs == 0

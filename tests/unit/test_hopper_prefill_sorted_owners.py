@@ -225,29 +225,29 @@ def test_every_output_is_the_row_that_the_layout_says(rows: int, tiles: int, cou
 def test_contributions_are_read_where_they_were_written(tiles: int) -> None:
     """A slot's bytes: eight lanes for each row tile, and ``store`` takes both the same way."""
     c, body = constants(DOWN, 128), " ".join(c_text(DOWN).split())
-    assert "if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);" in body
-    adding = body[body.index("void add_found(") : body.index("static void sum(")]
-    assert "slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;" in adding
-    assert "item(n).block * kWgs + (lane >> 3), lane & 7, make_uint4(" in adding
+    assert "if (lane >= row_tiles_of(p, item.block) * 8) return;" in body
+    adding = body[body.index("void add_up(") : body.index("static void sum(")]
+    assert "slices.buffer(p.y, item.slice, item.block) + lane * 16;" in adding
+    assert "item.block * kWgs + (lane >> 3), lane & 7, make_uint4(" in adding
     left = left_pieces(c, 1)
     written = {y: (wg, piece) for wg in range(tiles) for piece, _, y in left[wg, 0]}
-    source = c_find(DOWN, ("void add_found(", "const uint4 two"), "async_copy16(")
+    source = c_find(DOWN, ("void add_up(", "const uint4 two"), "async_copy16(")
     scope: dict[str, Any] = {**c, "cell": 0, "two": SimpleNamespace(x=5)}
     read = {
         c_value(source, scope | {"y": lane * 16})[1]: (lane >> 3, lane & 7)
         for lane in range(tiles * 8)
     }
     assert written == read and len(read) == tiles * 8
-    # What lanes ask for does not meet, of both warps.
-    text = c_find(DOWN, ("void add_found(",), "cells")
-    scope["tables"] = SimpleNamespace(cells=0)
+    # What lanes ask for does not meet, nor what the warp knows of it.
+    text = c_find(DOWN, ("void add_up(", "auto ask"), "cell")
+    scope |= {"cells": 0, "kPairs": c["kCells"] // 2}
     cells = {
-        c_value(text, scope | {"which": lambda which=which: which, "lane": lane}) + i
-        for which, lane in product(range(2), range(tiles * 8))
-        for i in range(0, c["kCells"] * c["kRowBytes"], c["kRowBytes"])
+        c_value(text, scope | {"i": i, "lane": lane}) + second
+        for i, lane in product(range(3 * c["kCells"]), range(tiles * 8))
+        for second in (0, c["kRowBytes"])
     }
-    assert len(cells) == 2 * tiles * 8 * c["kCells"]
-    assert max(cells) + 16 <= c["kAdders"] * c["kCells"] * c["kRowBytes"]
+    assert len(cells) == tiles * 8 * c["kCells"]
+    assert max(cells) + 16 <= c["kCells"] * c["kRowBytes"]
 
 
 def test_columns_are_scaled_as_their_owners_say() -> None:
@@ -265,48 +265,34 @@ def test_columns_are_scaled_as_their_owners_say() -> None:
     assert columns is not None and "if (c < count) {" in body
 
 
+@pytest.mark.parametrize("most", [2, 10, 32])
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.2, 0.6, 1.0])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_every_sum_is_made_once_and_of_what_was_asked_for(share: float, at_once: bool) -> None:
-    """``add_up``: a warp's columns in turn, pairs of contributions in cells that are used again."""
-    order, c = random.Random(int(share * 100)), constants(DOWN, 128, W4_PARTS=10)
+def test_every_sum_is_made_once_and_of_what_was_asked_for(
+    share: float, at_once: bool, most: int
+) -> None:
+    """``find`` and ``add_up``: columns in turn, contributions in cells that are used again."""
+    order, c = random.Random(int(share * 100)), constants(DOWN, 128, W4_PARTS=most)
     body = " ".join(c_text(DOWN).split())
-    found = "const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;"
-    assert found in body and "__ballot_sync(0xffffffffu, parts > 0)" in body
-    assert body.count("rest &= rest - 1") == body.count("coming &= coming - 1") == 1
-    for condition in ("at >= end && coming != 0", "at < end", "at + kPartBytes < end"):
-        assert body.count(f"if ({condition}) {{") == 1
-    assert "for (; part < last; part += 2 * kPartBytes) { async_copy_wait<" in body
-    which_text = c_find(DOWN, ("int which()",), "return")
-    place = c_find(DOWN, ("u32 last_rows(",), "c")
-    parts_text = c_find(DOWN, ("u32 last_rows(", "lds128("), "parts")
+    assert "for (int first = 0; first < item.count; first += 32) { add_up(item, find(" in body
+    assert "if (token < 0) continue;" in body and "if (i < count) {" in body
+    # A row that is not the last of its token, or its only one, which has a weight.
+    text = c_find(DOWN, ("int find(", "first + lane < item.count"), "count")
+    for z, w, count in ((0, 3, 0), (0x3F800000, -1, 0), (5, 8, 5)):
+        assert c_value(text, {"owner": SimpleNamespace(z=z, w=w)}) == count
     odd = reused = 0
+    adder = Adder(c, at_once)
     for _ in range(10):
-        count = order.randint(1, 128)
-        parts = {i: order.randint(2, 10) for i in range(count) if order.random() < share}
-        made: Counter[int] = Counter()
-        for warp in (14, 15):  # of the CTA
-            scope: dict[str, Any] = {**c}
-            bits = 0
-            for half, lane in product(range(2), range(32)):
-                scope |= {"half": half, "threadIdx": SimpleNamespace(x=warp * 32 + lane)}
-                which = c_value(which_text, scope)
-                column = c_value(place, scope | {"which": lambda which=which: which})
-                if column >= count:
-                    continue
-                # A row that is not the last of its token, or its only one, which has a weight.
-                others = order.choice(((0, 3), (0x3F800000, -1)))
-                z, w = (parts[column], 8) if column in parts else others
-                summed = c_value(parts_text, {"owner": SimpleNamespace(z=z, w=w)})
-                bits |= (summed > 0) << (half * 32 + lane)
-            sums = Adder(c, parts, which, at_once).run(bits)
-            made.update(sums.keys())
-            for column, numbers in sums.items():
-                assert numbers == list(range(parts[column])), "not in the order of k"
-                odd += len(numbers) % 2
-            reused += sum(-(-len(numbers) // 2) for numbers in sums.values()) > c["kCells"] // 2
-        assert made == Counter(parts.keys())
-    assert share < 0.1 or (odd > 20 and reused > 5)
+        rows = []
+        for token in range(32):
+            count = order.randint(2, most) if order.random() < share else 0
+            rows.append((token, [token * 100 + 2 * k for k in range(count)]))
+        pairs = adder.find(rows)
+        assert pairs <= c["kMostPairs"]
+        assert adder.add_up(pairs) == [row for row in rows if row[1]]
+        odd += sum(len(slots) % 2 for _, slots in rows)
+        reused += pairs > c["kCells"] // 2
+    assert share < 0.2 or (reused > 1 and (odd > 20 or most == 2))
 
 
 # ---- slices --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Down on tokens in the order of the list, in any order of events, without a GPU.
 
 A wait that never ends, a contribution that is read before it is published or after it was
-overwritten, and tables, scales or results of another item all show; so does what is left out on
+overwritten, and owners, scales or results of another item all show; so does what is left out on
 purpose.
 """
 
@@ -75,21 +75,17 @@ def test_slices_of_one_block_and_few_tiles(ctas: int, row_tiles: int, counts: li
 @pytest.mark.parametrize(
     ("broken", "wanted"),
     [
-        ("settle", "nobody can go on"),  # an item two slices on waits for its own CTA's sums
-        ("end", "nobody can go on"),  # sums of a CTA's last items are not counted
-        ("fetch first", "nobody can go on"),  # who may miss that an item's results are there
+        ("fetch first", "another item's owners"),  # in place of those that are still read
         ("scaled", "scales of another item"),
         ("idle", "scales of another item"),  # who has no row tile counts for the item before
         ("written", "results of another item"),  # left before the other warp has written them
-        ("table", "another item's table"),  # fetched while sums need the one in its place
-        ("one full", "nobody can go on"),  # who adds up falls a phase behind
-        ("one stored", "nobody can go on"),
         ("slice", "a contribution that is not there"),  # nobody waits for the last slice but one
         ("target", "a contribution that is not there"),  # or not for all of it
         ("early", "a contribution that is not there"),  # it is given up before it was read
         ("tiles", "a contribution that is not there"),
-        ("stored", "a contribution that is not there"),  # of the same tile
+        ("own tile", "a contribution that is not there"),
         ("publish", "a contribution that is not there"),  # said before it is written
+        ("ended", "another stage"),  # sums where another warpgroup's stage still is
     ],
 )
 def test_the_simulation_sees_what_is_missing(broken: str, wanted: str) -> None:
@@ -129,56 +125,52 @@ def in_order(within: str, *statements: str) -> None:
 
 
 def test_the_simulation_follows_the_kernel() -> None:
-    scaled, full = (
-        "barrier_wait(tables.scaled(), phase_of(",
-        "barrier_wait(tables.full(n), table_phase(n))",
-    )
-    stored = "barrier_wait(tables.stored(n), table_phase(n))"
+    scaled = "barrier_wait(tables.scaled(), phase_of("
     in_order(
         "struct DownBody > void run()", "multiply_one", scaled + "place.number()))",
         "named_sync(1 + wg, 128);", "lds64(tables.scales", "sts32(", "sts32(",
     )  # fmt: skip
     in_order(
-        "struct DownBody > void leave(", "named_sync(1 + wg, 128);", "n = place.number()",
-        "tables.owner(table_of(n), c)", "lds128(from", "slot >= 0", "(y + ", "} else {", "store(p",
+        "struct DownBody > void leave(", "named_sync(1 + wg, 128);", "item().count",
+        "tables.owner(c)", "lds128(from", "slot >= 0", "(y + ", "} else {", "store(p",
     )  # fmt: skip
     in_order(
         "w4a8_prefill_down(", "reader.wait(queue, ring)", "== kEnd) break",
         ">= p.weights.rows)", "pass(", scaled + "body.place.number()))", "} else {",
         "with_columns(", "body.leave(slices)", "__syncwarp()",
-        "barrier_arrive(tables.stored(body.place.number()))", ".release(ring)",
-        "body.place.next_item()",
+        "barrier_arrive(tables.stored())", ".release(ring)", "body.place.next_item()",
+        "named_sync(kWgs + 1, kConsumers);", "ring.size * kStageBytes / kAdderBytes",
+        "Adder::of(p, slices, ring.stages + warp * kAdderBytes).run();",
     )  # fmt: skip
     in_order(
-        "struct Adder > void run()", "Reader{n}.wait(queue, ring).kind == kEnd) return", full,
-        stored, "wait_tiles(n);", "add_up(n);", "Reader{n}.release(ring)",
+        "struct Adder > void run()", "slices.slots == 0 && slices.count() <= 2) return",
+        "atomicAdd(p.summed, 1u)", "next = claim()", "order.item(", "== kEnd) return",
+        "next = claim();", "wait_tiles(item);", "first < item.count", "add_up(item, find(",
+        "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item.slice",
     )  # fmt: skip
     in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")
     in_order(
         "struct Clerk > void run()", "u32 next = lane() == 0 ? atomicAdd(", "auto post",
         "posted > items) return", "number = next", "next = atomicAdd(", "order.item(number)",
-        "settle(posted - kQueue + 1)", "queue.item[posted % kQueue] = claimed",
-        "barrier_arrive(ring.queue_bars + posted % kQueue * 16)",
+        "bar = ring.queue_bars + posted % kQueue * 16",
+        "barrier_wait(bar + 8, (posted / kQueue & 1) ^ 1)",
+        "queue.item[posted % kQueue] = claimed", "barrier_arrive(bar)",
         "kind == kEnd) items = posted", "++posted", "i < kAhead; ++i) post();",
-        "n < items; ++n) {", "post();", "fetch(n);", "scale(n);", "publish(n);", "settle(items);",
+        "n < items; ++n) {", "post();", "fetch(n);", "scale(n);", "publish(n);",
     )  # fmt: skip
     in_order(
-        "void settle(", "settled < count",
-        "barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1)",
-        "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item(settled).slice",
-    )  # fmt: skip
-    in_order("void publish(", stored, "fence.acq_rel.gpu", "red.relaxed.gpu.global.or")
-    in_order(
-        "void fetch(", "settle(n - kTables + 1);", "wait_slice(n);",
-        "barrier_expect(tables.full(n)", "bulk_copy(", "tables.full(n))", "bulk_copy(",
-        "tables.full(n))",
+        "void publish(", "barrier_wait(tables.stored(), phase_of(n))", "fence.acq_rel.gpu",
+        "red.relaxed.gpu.global.or",
     )  # fmt: skip
     in_order(
-        "void scale(", full, "tables.owner(table_of(n), c)", "sts32(tables.scales",
-        "__syncwarp()", "barrier_arrive(tables.scaled())",
+        "void fetch(", "wait_slice(item(n).slice);", "barrier_expect(tables.full()", "bulk_copy(",
+        "tables.full())",
     )  # fmt: skip
     in_order(
-        "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "last = n;",
-        "while (last > settled && item(last - 1).slice > slice - 2) --last;", "settle(last)",
-        "ld.acquire.gpu", "p.left + slice - 2", "< target", "free_below = slice - 1",
+        "void scale(", "barrier_wait(tables.full(), phase_of(n))", "tables.owner(c)",
+        "sts32(tables.scales", "__syncwarp()", "barrier_arrive(tables.scaled())",
+    )  # fmt: skip
+    in_order(
+        "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "ld.acquire.gpu",
+        "p.left + slice - 2", "< target", "free_below = slice - 1",
     )  # fmt: skip

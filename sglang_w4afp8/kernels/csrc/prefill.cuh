@@ -231,14 +231,40 @@ __device__ __forceinline__ constexpr u64 column_step(int j) {
   return (j * 32 / kPanel * (kTokens * kPanel) + j * 32 % kPanel) / 16;
 }
 
+// Some columns' products of a fragment and a panel, before they are scaled.
+template <int kColumns>
+__device__ __forceinline__ void issue(float (&part)[kColumns / 2], const Fragment& f, u64 b,
+                                      int group) {
+  pin(part);
+  mma_fence();
+#pragma unroll
+  for (int j = 0; j < kSteps; ++j) {
+    Mma<kColumns>::issue(part, f.a[4 * j], f.a[4 * j + 1], f.a[4 * j + 2], f.a[4 * j + 3],
+                         b + column_step(group * kSteps + j), j);
+  }
+  mma_commit();
+}
+// Adds them, times the scales of the fragment's rows, from accumulator kAt on.
+template <int kAt, int kAll, int kCount>
+__device__ __forceinline__ void add(float (&acc)[kAll], float (&part)[kCount], u32 scales) {
+  const float s0 = bf16_low(scales), s1 = bf16_high(scales);
+#pragma unroll
+  for (int c = 0; c < kCount; c += 4) {
+    acc[kAt + c] += part[c] * s0, acc[kAt + c + 1] += part[c + 1] * s0;
+    acc[kAt + c + 2] += part[c + 2] * s1, acc[kAt + c + 3] += part[c + 3] * s1;
+  }
+}
+
 // acc[t] = row tile t of this warpgroup times kN tokens, over all of K. While the matrix unit works
-// on one scale group the next one's codes are loaded and decoded.
+// on one scale group the next one's codes are loaded and decoded. A wide tile's columns are two
+// parts: the first is added up while the matrix unit works on the second.
 template <int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
                                          const Ring& ring, Place& from) {
   Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
   const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
   constexpr int kParts = kPerWg * kGroups;  // of a half
+  constexpr int kFirst = kN < 64 ? kN : kN == 112 ? 64 : kN / 2, kSecond = kN - kFirst;
   const u32 w_at = kWeightsAt + wg * kPerWg * kTileBytes + thread * 16;
   const u32 s_at = kScalesAt + wg * kPerWg * kTileScaleBytes +
                    ((thread >> 5) * 8 + (lane >> 2)) * 4;
@@ -265,15 +291,9 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       const int tile = at % kPerWg, group = at / kPerWg;
       Fragment& now = f[at & 1];
       Fragment& then = f[(at + 1) & 1];
-      float part[kN / 2];
-      pin(part);
-      mma_fence();
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        Mma<kN>::issue(part, now.a[4 * j], now.a[4 * j + 1], now.a[4 * j + 2], now.a[4 * j + 3],
-                       b + column_step(group * kSteps + j), j);
-      }
-      mma_commit();
+      float first[kFirst / 2], second[kSecond > 0 ? kSecond / 2 : 1];
+      issue<kFirst>(first, now, b, group);
+      if constexpr (kSecond > 0) issue<kSecond>(second, now, b + kFirst * kPanel / 16, group);
       if (at + 1 < kParts) {
         load_fragment(then, codes + w_at, scales + s_at, (at + 1) % kPerWg, (at + 1) / kPerWg);
       } else if (!last_half) {
@@ -286,16 +306,24 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
           load_fragment(then, stage + w_at, stage + s_at, 0, 0);
         }
       }
+      if constexpr (kSecond > 0) {
+        mma_wait<1>();
+        pin(first);
+        add<0>(acc[tile], first, now.scales);
+      }
       mma_wait<0>();
-      pin(part);
+      if constexpr (kSecond > 0) {
+        pin(second);
+      } else {
+        pin(first);
+      }
       if (at + 1 == kParts && last_half) {
         release_stage(ring.empty(place.before(ring.size)));
       }
-      const float s0 = bf16_low(now.scales), s1 = bf16_high(now.scales);
-#pragma unroll
-      for (int c = 0; c < kN / 2; c += 4) {
-        acc[tile][c] += part[c] * s0, acc[tile][c + 1] += part[c + 1] * s0;
-        acc[tile][c + 2] += part[c + 2] * s1, acc[tile][c + 3] += part[c + 3] * s1;
+      if constexpr (kSecond > 0) {
+        add<kFirst / 2>(acc[tile], second, now.scales);
+      } else {
+        add<0>(acc[tile], first, now.scales);
       }
     }
     if constexpr (kParts % 2) f[0] = f[1];
@@ -331,23 +359,11 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
         if (gathered) fence_async_proxy();  // then tokens were ordinary writes
       }
       float part[kN / 2];
-      pin(part);
-      mma_fence();
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) {
-        Mma<kN>::issue(part, f.a[4 * j], f.a[4 * j + 1], f.a[4 * j + 2], f.a[4 * j + 3],
-                       b + column_step(group * kSteps + j), j);
-      }
-      mma_commit();
+      issue<kN>(part, f, b, group);
       mma_wait<0>();
       pin(part);
       if (group == kGroups - 1) release_stage(ring.empty(place.slot));
-      const float s0 = bf16_low(f.scales), s1 = bf16_high(f.scales);
-#pragma unroll
-      for (int c = 0; c < kN / 2; c += 4) {
-        acc[c] += part[c] * s0, acc[c + 1] += part[c + 1] * s0;
-        acc[c + 2] += part[c + 2] * s1, acc[c + 3] += part[c + 3] * s1;
-      }
+      add<0>(acc, part, f.scales);
     }
     place.advance(ring.size);
   }

@@ -70,12 +70,12 @@ struct DownBody {
   __device__ __forceinline__ void leave(const Slices& slices) {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, piece = thread & 7;
     named_sync(1 + wg, 128);
-    const int n = place.number(), count = item().count, tile = item().block * kWgs + wg;
+    const int count = item().count, tile = item().block * kWgs + wg;
     const u32 from = tables.out + wg * 128 + piece * 16;
     u8* y = slices.buffer(p.y, item().slice, item().block) + wg * 128 + piece * 16;
 #pragma unroll 4
     for (int c = thread >> 3; c < count; c += 16) {
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
+      const uint4 owner = lds128(tables.owner(c));
       const uint4 v = lds128(from + c * kOutStride);
       const int slot = static_cast<int>(owner.w);
       if (slot >= 0) {
@@ -87,36 +87,50 @@ struct DownBody {
   }
 };
 
-// One of the two warps that add up; each has every other column.
+// A warp that adds up, tile after tile, what tokens' rows contribute to a block. It claims tiles and
+// blocks in the order in which they are multiplied and waits for those before, so that it may fall
+// behind where tokens have their last rows, and catch up later.
 struct Adder {
   const PrefillDownParams& p;
-  const Ring& ring;
-  const Tables& tables;
   const Slices& slices;
+  u32 cells, pairs, tokens;  // shared memory of this warp
 
-  __device__ __forceinline__ static const Item& item(int n) { return queue.item[n % kQueue]; }
-  __device__ __forceinline__ static int which() { return threadIdx.x >> 5 & (kAdders - 1); }
+  __device__ __forceinline__ static Adder of(const PrefillDownParams& p, const Slices& slices,
+                                             u32 memory) {
+    const u32 pairs = memory + kCells * kRowBytes;
+    return Adder{p, slices, memory, pairs, pairs + kMostPairs * 16};
+  }
 
   __device__ __forceinline__ void run() {
-    for (int n = 0;; ++n) {
-      if (Reader{n}.wait(queue, ring).kind == kEnd) return;
-      barrier_wait(tables.full(n), table_phase(n));
-      barrier_wait(tables.stored(n), table_phase(n));
-      wait_tiles(n);
-      add_up(n);
-      Reader{n}.release(ring);
+    if (slices.slots == 0 && slices.count() <= 2) return;
+    const Order order{p, slices};
+    const int lane = threadIdx.x & 31;
+    auto claim = [&] { return lane == 0 ? atomicAdd(p.summed, 1u) : 0; };
+    for (u32 next = claim();;) {
+      const Item item = order.item(__shfl_sync(0xffffffffu, next, 0));
+      if (item.kind == kEnd) return;
+      next = claim();
+      wait_tiles(item);
+      for (int first = 0; first < item.count; first += 32) {
+        add_up(item, find(item, first));
+      }
+      if (slices.count() > 2 && lane == 0) {
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item.slice) : "memory");
+      }
     }
   }
 
-  // Until what tiles before this one have for y is there.
-  __device__ __forceinline__ void wait_tiles(int n) {
-    const int step = item(n).step, word = step / 32;
-    const u32* done = p.done + item(n).block * ((slices.tiles + 31) / 32);
+  // Until what this tile and those before it have for y is there.
+  __device__ __forceinline__ void wait_tiles(const Item& item) {
+    const int tiles = item.step + 1, words = (tiles + 31) / 32;
+    const u32* done = p.done + item.block * ((slices.tiles + 31) / 32);
     bool all;
     do {
       all = true;
-      for (int w = threadIdx.x & 31; w <= word; w += 32) {
-        const u32 wanted = w < word ? 0xffffffffu : (1u << step % 32) - 1;
+#pragma unroll 1
+      for (int w = threadIdx.x & 31; w < words; w += 32) {
+        const u32 wanted = w < tiles / 32 ? 0xffffffffu : (1u << tiles % 32) - 1;
         u32 seen;
         asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(done + w) : "memory");
         all = all && (seen & wanted) == wanted;
@@ -125,78 +139,72 @@ struct Adder {
     __syncwarp();
   }
 
-  // Which of 32 of this warp's columns are the last rows of their tokens: a bit for each.
-  __device__ __forceinline__ u32 last_rows(int n, int half) const {
-    const int c = (half * 32 + static_cast<int>(threadIdx.x & 31)) * kAdders + which();
-    int parts = 0;
-    if (c < item(n).count) {
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      parts = static_cast<int>(owner.w) < 0 ? 0 : static_cast<int>(owner.z);
+  // Contributions to those of 32 columns that are the last of their tokens, two at a time: where
+  // each is in y, and its weight; behind a token's last two, which token it is. Returns how many.
+  __device__ __forceinline__ int find(const Item& item, int first) {
+    const int lane = threadIdx.x & 31, row = item.first + first + lane;
+    int count = 0, token = 0;
+    if (first + lane < item.count) {
+      const int4 owner = *reinterpret_cast<const int4*>(p.owners + row);
+      token = owner.x, count = owner.w < 0 ? 0 : owner.z;
     }
-    return __ballot_sync(0xffffffffu, parts > 0);
+    int end = (count + 1) / 2;
+    for (int d = 1; d < 32; d <<= 1) {
+      const int before = __shfl_up_sync(0xffffffffu, end, d);
+      if (lane >= d) end += before;
+    }
+    const int begin = end - (count + 1) / 2;
+    const uint4* parts = reinterpret_cast<const uint4*>(p.parts + static_cast<u64>(row) * kMostParts);
+    __syncwarp();  // the last ones are read
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) {
+      uint4 two = parts[i - begin];
+      two.y = weigh(two.y), two.w = weigh(two.w);
+      if ((i - begin) * 2 + 1 == count) two.w = 0;  // there is no second one
+      sts128(pairs + i * 16, two);
+      sts32(tokens + i * 4, i + 1 == end ? token : ~0u);
+    }
+    __syncwarp();
+    return __shfl_sync(0xffffffffu, end, 31);
   }
-  __device__ __forceinline__ static int column_of(u64 found) {
-    return (__ffsll(static_cast<long long>(found)) - 1) * kAdders + which();
+  __device__ __forceinline__ u32 weigh(u32 weight) const {
+    return __float_as_uint(__uint_as_float(weight) * p.factor);
   }
-  __device__ __forceinline__ void add_up(int n) {
-    static_assert(kTokens == 64 * kAdders, "a bit for each column");
+
+  // Eight lanes for each row tile. Contributions are asked for kCells / 2 pairs ahead.
+  __device__ __forceinline__ void add_up(const Item& item, int count) {
     const int lane = threadIdx.x & 31;
-    const u64 found = last_rows(n, 0) | static_cast<u64>(last_rows(n, 1)) << 32;
-    if (lane < row_tiles_of(p, item(n).block) * 8) add_found(n, found);
-  }
-  // The columns found, one after the other: eight lanes for each row tile. Contributions are asked
-  // for kCells / 2 pairs ahead, as most sums have two.
-  __device__ __forceinline__ void add_found(int n, u64 found) {
-    const int lane = threadIdx.x & 31;
-    const u8* y = slices.buffer(p.y, item(n).slice, item(n).block) + lane * 16;
-    constexpr int kPairs = kCells / 2, kPartBytes = sizeof(Part);
-    const u32 cells = tables.cells + which() * (kCells * kRowBytes) + lane * 16;
-    u64 coming = found;
-    u32 at = 0, end = 0;  // of the parts of the column that is asked for
-    auto ask = [&](u32 cell) {
-      if (at >= end && coming != 0) {
-        const int c = column_of(coming);
-        coming &= coming - 1;
-        at = tables.part(table_of(n), c);
-        end = at + lds32(tables.owner(table_of(n), c) + 8) * kPartBytes;
-      }
-      if (at < end) {
-        const uint4 two = lds128(at);
+    if (lane >= row_tiles_of(p, item.block) * 8) return;
+    const u8* y = slices.buffer(p.y, item.slice, item.block) + lane * 16;
+    constexpr int kPairs = kCells / 2;
+    auto ask = [&](int i) {
+      if (i < count) {
+        const uint4 two = lds128(pairs + i * 16);
+        const u32 cell = cells + i % kPairs * (2 * kRowBytes) + lane * 16;
         async_copy16(cell, y + static_cast<u64>(two.x) * kRowBytes);
-        if (at + kPartBytes < end) {
-          async_copy16(cell + kRowBytes, y + static_cast<u64>(two.z) * kRowBytes);
-        }
-        at += 2 * kPartBytes;
+        if (two.w != 0) async_copy16(cell + kRowBytes, y + static_cast<u64>(two.z) * kRowBytes);
       }
       async_copy_commit();
     };
 #pragma unroll 1
-    for (int i = 0; i < kPairs; ++i) ask(cells + i * (2 * kRowBytes));
-    u32 cell = cells;
+    for (int i = 0; i < kPairs; ++i) ask(i);
+    float total[8] = {};
 #pragma unroll 1
-    for (u64 rest = found; rest != 0; rest &= rest - 1) {
-      const int c = column_of(rest);
-      const uint4 owner = lds128(tables.owner(table_of(n), c));
-      u32 part = tables.part(table_of(n), c);
-      const u32 last = part + owner.z * kPartBytes;
-      float total[8] = {};
-#pragma unroll 1
-      for (; part < last; part += 2 * kPartBytes) {
-        async_copy_wait<kPairs - 1>();
-        const uint4 two = lds128(part), v0 = lds128(cell), v1 = lds128(cell + kRowBytes);
-        sum(total, v0, __uint_as_float(two.y));
-        if (part + kPartBytes < last) sum(total, v1, __uint_as_float(two.w));
-        ask(cell);
-        cell += 2 * kRowBytes;
-        if (cell == cells + kCells * kRowBytes) cell = cells;
-      }
+    for (int i = 0; i < count; ++i) {
+      async_copy_wait<kPairs - 1>();
+      const u32 cell = cells + i % kPairs * (2 * kRowBytes) + lane * 16;
+      const uint4 two = lds128(pairs + i * 16), v0 = lds128(cell), v1 = lds128(cell + kRowBytes);
+      const int token = static_cast<int>(lds32(tokens + i * 4));
+      sum(total, v0, __uint_as_float(two.y));
+      if (two.w != 0) sum(total, v1, __uint_as_float(two.w));
+      ask(i + kPairs);
+      if (token < 0) continue;
       u32 r[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        r[j] = pack_bf16(p.factor * total[2 * j], p.factor * total[2 * j + 1]);
-      }
-      store(p, static_cast<int>(owner.x), item(n).block * kWgs + (lane >> 3), lane & 7,
-            make_uint4(r[0], r[1], r[2], r[3]));
+      for (int j = 0; j < 4; ++j) r[j] = pack_bf16(total[2 * j], total[2 * j + 1]);
+      store(p, token, item.block * kWgs + (lane >> 3), lane & 7, make_uint4(r[0], r[1], r[2], r[3]));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) total[j] = 0.0f;
     }
   }
 
@@ -213,7 +221,7 @@ struct Adder {
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     w4a8_prefill_down(const __grid_constant__ PrefillDownParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  const Ring ring = make_ring(shared, p.ring, Tables::bytes());
+  const Ring ring = make_ring(shared, p.ring, Tables::bytes(), kConsumers / 32 + 1);
   const Tables tables = Tables::at(ring.end);
   if (threadIdx.x == 0) tables.init();
   __syncthreads();
@@ -230,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 1) {
       Clerk{p, slices, ring, tables, kDynamic ? 0.0f : *p.b_scale}.run();
     } else {
-      Adder{p, ring, tables, slices}.run();
+      Adder::of(p, slices, tables.adders + (warp - 2) * kAdderBytes).run();
     }
     return;
   }
@@ -250,8 +258,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       body.leave(slices);
     }
     __syncwarp();
-    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored(body.place.number()));
+    if (kEveryLane || (threadIdx.x & 31) == 0) barrier_arrive(tables.stored());
     Reader{body.place.number()}.release(ring);
     body.place.next_item();
+  }
+  // Nobody multiplies any more, so the stages are free, and there are sums left.
+  named_sync(kWgs + 1, kConsumers);
+  const int warp = threadIdx.x >> 5;
+  if (warp < ring.size * kStageBytes / kAdderBytes) {
+    Adder::of(p, slices, ring.stages + warp * kAdderBytes).run();
   }
 }

@@ -16,14 +16,17 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
     if (job.steps < 0) return;
     const u8* w = p.weights.w + static_cast<u64>(job.tile) * kTileBytes;
     const u8* scales = p.weights.scales + static_cast<u64>(job.tile) * kTileScaleBytes;
-    for (int i = 0; i < job.steps; ++i, ++number) {
-      if (number % (kCluster * kWeightWarps) != rank + kCluster * part) continue;
-      const u32 slot = number % kWeightSlots;
-      if (number >= kWeightSlots) {
+    const Step* steps = s.steps(n & 1) + job.first;
+    constexpr u32 kTurns = kCluster * kWeightWarps;
+    static_assert((kTurns & (kTurns - 1)) == 0, "numbers wrap around");
+    const u32 steps_here = job.steps, turn = (rank + kCluster * part - number) % kTurns;
+    for (u32 i = turn; i < steps_here; i += kTurns) {
+      const u32 slot = (number + i) % kWeightSlots;
+      if (number + i >= kWeightSlots) {
         barrier_wait(s.weights_empty(slot), phases >> slot & 1);
         phases ^= 1u << slot;
       }
-      const u64 expert = s.steps(n & 1)[i].expert();
+      const u64 expert = steps[i].expert();
       if (lane < 2) {
         const u8* from = lane == 0 ? w + expert * w_expert : scales + expert * s_expert;
         copy_to_all(s.weights(slot) + lane * kTileBytes, from,
@@ -31,6 +34,7 @@ __device__ __forceinline__ void produce_weights(const PrefillOwnParams& p, const
       }
       __syncwarp();
     }
+    number += steps_here;
     __syncwarp();
     if (kEveryLane || lane == 0) barrier_arrive(s.table_empty(n & 1));
   }
@@ -67,10 +71,11 @@ __device__ __forceinline__ T kept(T value) {
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,
                                                int part) {
   const int lane = threadIdx.x & 31;
-  const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
+  const float b_scale = kDynamic ? 0.0f : *p.b_scale;
   const u32 inverse_top_k = 0xffffffffu / p.top_k + 1;  // exact: a list has few pairs
   const int list_pairs = p.list_tokens * p.top_k;
-  Job job{0, 0, 0, 0};
+  Job job{};
+  float without_unit = 0.0f;
   int n = -1, own = part;
   u32 base = 0;
   auto fetch = [&](bool holds) {
@@ -88,8 +93,9 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
       barrier_wait(s.table_full(n & 1), n >> 1 & 1);
       job = *s.job(n & 1);
       if (job.steps < 0) return coming;
+      without_unit = __frcp_rn(job.unit);  // a power of two
     }
-    const Step step = s.steps(n & 1)[own];
+    const Step step = s.steps(n & 1)[job.first + own];
     coming.number = base + own, coming.here = step.count(), coming.base = job.list * list_pairs;
     coming.first = coming.base + step.first();
     own += kTokenWarps;
@@ -114,19 +120,20 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
 #pragma unroll
     for (int i = 0; i < (kColumns + 31) / 32; ++i) {
       const Column& column = now.column[i];
-      u32 at = s.sums + kMostTokens * 128;
+      // Lanes of the warps that add have other sums where there is no pair.
+      u32 at = s.sums + sum_offset(kMostTokens + (lane >> 1) % kNobody);
       float weight = 0.0f;
       if (lane + i * 32 < now.here) {
         const u32 local = column.pair - now.base;
         const u32 t = p.top_k == 1 ? local : __umulhi(local, inverse_top_k);
         at = s.sums + sum_offset(t);
-        weight = column.weight * (kDynamic ? p.b_scale[column.pair] * 512.0f : b_scale) *
-                 scaling(load_exponent(now.exponents + t));
+        weight = column.weight * (kDynamic ? p.b_scale[column.pair] : b_scale) *
+                 scaling(load_exponent(now.exponents + t)) * without_unit;
       }
       if (lane + i * 32 < kColumns) {
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
                          s.meta(now.number % kMetaSlots) + (lane + i * 32) * 8),
-                     "r"(at), "f"(weight)
+                     "r"(at), "r"(pack_half(weight, weight))
                      : "memory");
       }
     }

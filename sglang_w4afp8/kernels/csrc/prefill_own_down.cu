@@ -33,6 +33,7 @@ struct OwnBody {
   u32 rank;
   int wg, warp, lane;  // warp: of the warpgroup
   u32 turns = 0;       // that this warpgroup has had
+  float unit = 0.0f;   // of the job, times what codes are decoded to
   uint4 codes[kK / 64];  // of the next step
   u32 scales[kGroups];
 
@@ -74,7 +75,8 @@ struct OwnBody {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         pin(part[i]);
-        const float s0 = bf16_low(scales[begin + i]), s1 = bf16_high(scales[begin + i]);
+        const float s0 = bf16_low(scales[begin + i]) * unit;
+        const float s1 = bf16_high(scales[begin + i]) * unit;
 #pragma unroll
         for (int c = 0; c < kN / 2; ++c) {
           const float by = c & 2 ? s1 : s0;
@@ -90,13 +92,13 @@ struct OwnBody {
   __device__ __forceinline__ void add(const float (&v)[kN / 2], u32 meta, bool twice) {
     const int g = lane >> 2, q = lane & 3;
     const u32 mine = warp * 32 + g * 4;
-    u32 at[kN / 4], more[kN / 4];
+    u32 at[kN / 4], more[kN / 4], by[kN / 4];
 #pragma unroll
     for (int b = 0; b < kN / 8; ++b) {
       const uint4 m = lds128(meta + b * 64 + q * 16);
-      const float w0 = __uint_as_float(m.y), w1 = __uint_as_float(m.w);
-      at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b] * w0, v[4 * b + 2] * w0);
-      at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1] * w1, v[4 * b + 3] * w1);
+      at[2 * b] = m.x ^ mine, more[2 * b] = pack_half(v[4 * b], v[4 * b + 2]), by[2 * b] = m.y;
+      at[2 * b + 1] = m.z ^ mine, more[2 * b + 1] = pack_half(v[4 * b + 1], v[4 * b + 3]);
+      by[2 * b + 1] = m.w;
     }
 #pragma unroll
     for (int c = 0; c < kN / 4; ++c) more[c] = kept(more[c]);
@@ -106,7 +108,7 @@ struct OwnBody {
 #pragma unroll
       for (int c = 0; c < kN / 4; ++c) old[c] = lds32(at[c]);
 #pragma unroll
-      for (int c = 0; c < kN / 4; ++c) sts32(at[c], add_halves(old[c], more[c]));
+      for (int c = 0; c < kN / 4; ++c) sts32(at[c], fma_halves(more[c], by[c], old[c]));
       return;
     }
     // Two columns may be the same token: one after the other.
@@ -114,8 +116,10 @@ struct OwnBody {
     for (int b = 0; b < kN / 8; ++b) {
       for (int turn = 0; turn < 4; ++turn) {
         if (turn == q) {
-          sts32(at[2 * b], add_halves(lds32(at[2 * b]), more[2 * b]));
-          sts32(at[2 * b + 1], add_halves(lds32(at[2 * b + 1]), more[2 * b + 1]));
+#pragma unroll
+          for (int c = 2 * b; c < 2 * b + 2; ++c) {
+            sts32(at[c], fma_halves(more[c], by[c], lds32(at[c])));
+          }
         }
         __syncwarp();
       }
@@ -194,10 +198,67 @@ struct OwnBody {
     named_sync(1, kConsumers);
     const int first = job.list * p.list_tokens;
     const int count = max(0, min(p.list_tokens, p.tokens - first));
+    if (job.part + 1 < job.parts) {
+      hand_over(job, count);
+      return;
+    }
+    if (job.parts > 1) take_over(job, count);
     if constexpr (kLayoutTiles == 1) {
       write_rows(job, first, count * 8, exponents);
     } else {
       write_pieces(job, first, count, exponents);
+    }
+    named_sync(1, kConsumers);
+  }
+
+  // Sums of one of a job's parts, and their place in memory.
+  __device__ __forceinline__ u8* place_of(const Job& job, int part) const {
+    const u64 place = static_cast<u64>(job.place) * (job.parts - 1) + part;
+    return p.sums + place * kSumBytes;
+  }
+  __device__ __forceinline__ void hand_over(const Job& job, int count) {
+    u8* to = place_of(job, job.part);
+    for (int i = threadIdx.x * 16; i < count * 128; i += kConsumers * 16) {
+      *reinterpret_cast<uint4*>(to + i) = lds128(s.sums + i);
+      sts128(s.sums + i, make_uint4(0, 0, 0, 0));
+    }
+    named_sync(1, kConsumers);
+    if (threadIdx.x == 0) {
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.handed + job.place) : "memory");
+    }
+  }
+  // Adds those of the parts before, in their order. They have smaller numbers, so CTAs are at them.
+  __device__ __forceinline__ void take_over(const Job& job, int count) {
+    if (threadIdx.x == 0) {
+      u32 seen;
+      do {
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];"
+                     : "=r"(seen)
+                     : "l"(p.handed + job.place)
+                     : "memory");
+      } while (seen + 1 < static_cast<u32>(job.parts));
+    }
+    named_sync(1, kConsumers);
+    constexpr int kAtOnce = 4, kStride = kConsumers * 16;
+    for (int part = 0; part + 1 < job.parts; ++part) {
+      const u8* from = place_of(job, part);
+      for (int begin = threadIdx.x * 16; begin < count * 128; begin += kAtOnce * kStride) {
+        uint4 v[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = begin + j * kStride;
+          if (i < count * 128) v[j] = __ldcg(reinterpret_cast<const uint4*>(from + i));
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          const int i = begin + j * kStride;
+          if (i >= count * 128) continue;
+          const uint4 sum = lds128(s.sums + i);
+          sts128(s.sums + i, make_uint4(add_halves(sum.x, v[j].x), add_halves(sum.y, v[j].y),
+                                        add_halves(sum.z, v[j].z), add_halves(sum.w, v[j].w)));
+        }
+      }
     }
     named_sync(1, kConsumers);
   }
@@ -268,7 +329,7 @@ struct OwnBody {
   }
 
   __device__ __forceinline__ void consume() {
-    for (u32 i = threadIdx.x; i < (kMostTokens + 1) * 8; i += kConsumers) {
+    for (u32 i = threadIdx.x; i < (kMostTokens + kNobody) * 8; i += kConsumers) {
       sts128(s.sums + i * 16, make_uint4(0, 0, 0, 0));
     }
     named_sync(1, kConsumers);
@@ -278,7 +339,8 @@ struct OwnBody {
       barrier_wait(s.table_full(n & 1), n >> 1 & 1);
       const Job job = *s.job(n & 1);
       if (job.steps < 0) return;
-      const Step* steps = s.steps(n & 1);
+      const Step* steps = s.steps(n & 1) + job.first;
+      unit = job.unit * 512.0f;
       if (own < job.steps) load(number + own);
       for (; own < job.steps; own += kWgs) {
         take(steps[own], number + own, own + kWgs < job.steps, job.twice != 0);

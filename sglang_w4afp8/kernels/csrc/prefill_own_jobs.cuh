@@ -18,6 +18,8 @@ constexpr int kMaxExperts = 512;  // as in prefill_sort.cuh
 // Tokens lie in swizzled panels as in prefill.cuh.
 constexpr int kPanel = kK % 128 == 0 ? 128 : 64;
 constexpr int kTokenBytes = kColumns * kK;
+constexpr int kNobody = 4;  // sums of columns without a pair, of each of four lanes
+constexpr u32 kSumBytes = kMostTokens * 128;       // of a list's tokens, for a row tile
 // What columns are is needed longer than the tokens themselves.
 constexpr u32 kMetaSlots = 2 * kTokenSlots;
 static_assert(kColumns % 8 == 0 && kColumns <= 48 && kK % kGroup == 0, "");
@@ -52,8 +54,11 @@ struct PrefillOwnParams {
   const float* b_scale;   // static: (1); dynamic: (M * top_k)
   u16* out;               // (M, rows) bfloat16
   u32* claimed;           // zero before
+  u32* handed;            // (jobs in parts, kCluster) parts that are in `sums`; zero before
+  u8* sums;               // (jobs in parts, kCluster, job_parts - 1, kSumBytes)
   float factor;
   int tokens, top_k, lists, list_tokens, parts, experts, max_steps, b_rows;
+  int whole, job_parts;   // jobs that are not in parts; parts of the others
 };
 
 // An expert and at most kColumns of its columns in this CTA's list, perhaps none.
@@ -66,8 +71,13 @@ struct Step {
   __device__ __forceinline__ int count() const { return bits >> 10 & 63; }
   __device__ __forceinline__ int first() const { return bits >> 16; }
 };
-struct Job {
+// Some steps of a row tile for a list. The last jobs are in parts, which several CTAs work on: all
+// but the last part hand their sums to it.
+struct __align__(16) Job {
   int steps, tile, list, twice;  // steps: -1 after the last job
+  int first, part, parts;        // first step; this part, and how many there are
+  u32 place;                     // where parts meet
+  float unit;                    // see describe_jobs
 };
 
 __shared__ Job jobs[2];
@@ -111,7 +121,7 @@ struct Shared {
     const u32 begin = smem_address(shared);
     s.token_slots = (begin + 1023) & ~1023u;
     s.sums = (s.token_slots + kTokenSlots * kTokenBytes + 127) & ~127u;
-    s.weight_slots = s.sums + (kMostTokens + 1) * 128;
+    s.weight_slots = s.sums + (kMostTokens + kNobody) * 128;
     s.metas = s.weight_slots + kWeightSlots * kStageBytes;
     s.exponent_tables = s.metas + kMetaSlots * kColumns * 8;
     const u32 tables = s.exponent_tables + 2 * kMostTokens;
@@ -205,9 +215,16 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
   }
 }
 
-// One warp: the powers of two that keep sums of a list's tokens below 2^15. FP16 has 30 of them, so
-// it matters little that the bound is far above what sums are: 12 remain below a usual one's last
-// bit.
+// The power of two that brings what is at most `bound` below 2^15, see scaling(). FP16 has 30 of
+// them, so it matters little that bounds are far above what sums are: 12 remain below a usual one's
+// last bit.
+__device__ __forceinline__ u32 exponent_for(float bound) {
+  // bound < 2^(e - 126)
+  const int e = static_cast<int>(__float_as_uint(bound) >> 23 & 255);
+  return min(max(127 + 15 - (e - 126), 27), 227);
+}
+
+// One warp: those of the sums of a list's tokens.
 __device__ __forceinline__ void describe_sums(const PrefillOwnParams& p, int list, float bound,
                                               u32 exponents) {
   const int first = list * p.list_tokens, count = min(p.list_tokens, p.tokens - first);
@@ -221,14 +238,24 @@ __device__ __forceinline__ void describe_sums(const PrefillOwnParams& p, int lis
       const float size = p.sizes[pair + k];
       if (size > 0.0f) sum += kDynamic ? size * p.b_scale[pair + k] : size;
     }
-    // sum * bound < 2^(e - 126)
-    const int e = static_cast<int>(__float_as_uint(sum * bound * b_scale) >> 23 & 255);
-    const int exponent = min(max(127 + 15 - (e - 126), 27), 227);
+    const u32 exponent = exponent_for(sum * bound * b_scale);
     asm volatile("st.shared.u8 [%0], %1;" ::"r"(exponents + t), "r"(exponent) : "memory");
   }
 }
 
+// The first step of a part. An expert is in one part only: which of its columns are in which of its
+// steps may differ from run to run, and the order in which a token's contributions are added up
+// must not.
+__device__ __forceinline__ int part_begin(const Step* steps, int count, u32 part, u32 parts) {
+  int begin = count * part / parts;
+  while (begin > 0 && begin < count && steps[begin].expert() == steps[begin - 1].expert()) ++begin;
+  return begin;
+}
+
 // One warp: which experts a job needs. Those of all lists of the cluster, as weights come to all.
+//
+// Results are FP16 before they are weighted: times `unit`, which no result overflows, and 512, as
+// codes are decoded to 2^-9 of them. A column's weight takes that back (produce_tokens).
 __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
   const int lane = threadIdx.x & 31;
   const u32 groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
@@ -239,12 +266,17 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
   }
   // Of a result before its weight and the scale of its tokens: |q| <= 448, codes up to 8.
   const float bound = largest * (kFp8Max * 8.0f * kK);
+  const float unit = scaling(exponent_for(bound));
   for (int n = 0;; ++n) {
     const u32 number = next_number(p, s, rank, n);
     barrier_wait(s.table_empty(n & 1), (n >> 1 & 1) ^ 1);
     // Lists run inside row tiles: a tile's weights are read from memory once.
-    const int tile = number / groups, group = number % groups * kCluster, list = group + rank;
-    Job job{-1, tile, list, 0};
+    const u32 whole = p.whole, parts = number < whole ? 1 : p.job_parts;
+    const u32 job_number = number < whole ? number : whole + (number - whole) / parts;
+    const u32 part = number < whole ? 0 : (number - whole) % parts;
+    const int tile = job_number / groups, group = job_number % groups * kCluster;
+    const int list = group + rank;
+    Job job{-1, tile, list, 0, 0, static_cast<int>(part), static_cast<int>(parts), 0, unit};
     if (tile < tiles) {
       Step* steps = s.steps(n & 1);
       int count = 0;
@@ -272,7 +304,10 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
         }
         count += __shfl_sync(0xffffffffu, before, 31);
       }
-      job.steps = count;
+      __syncwarp();
+      job.first = part_begin(steps, count, part, parts);
+      job.steps = part_begin(steps, count, part + 1, parts) - job.first;
+      job.place = (job_number - whole) * kCluster + rank;
       for (int i = 0; list < p.lists && i < p.parts; ++i) {
         const int part = list * p.parts + i;  // the last list may have fewer
         if (part * (p.list_tokens / p.parts) < p.tokens) job.twice |= p.twice[part];

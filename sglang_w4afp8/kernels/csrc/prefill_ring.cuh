@@ -179,8 +179,9 @@ __device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place) {
 }
 
 // ---- set-up --------------------------------------------------------------------------------------
-// `extra`: bytes that the caller wants behind the stages.
-__device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
+// `extra`: bytes that the caller wants behind the stages. `readers`: warps that read items.
+__device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
+                                          int readers = kReaders) {
   Ring ring;
   ring.stages = (smem_address(shared) + 1023) & ~1023u;  // swizzled rows repeat after 1 KB
   ring.end = ring.stages + size * kStageBytes;
@@ -195,7 +196,7 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra) {
     }
     for (int i = 0; i < kQueue; ++i) {
       barrier_init(ring.queue_bars + i * 16, 1);
-      barrier_init(ring.queue_bars + i * 16 + 8, kReaders * kLanes);
+      barrier_init(ring.queue_bars + i * 16 + 8, readers * kLanes);
     }
     barrier_init_fence();
   }

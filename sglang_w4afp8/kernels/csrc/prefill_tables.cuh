@@ -7,8 +7,6 @@
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr int kMostParts = W4_PARTS;  // contributions to a token, at most
 constexpr int kOwnerBytes = kTokens * sizeof(Owner);
-constexpr int kTableBytes = kOwnerBytes + kTokens * kMostParts * sizeof(Part);
-constexpr int kTables = 2;  // of the item that is added up, and of the one that is multiplied
 constexpr int kRowBytes = kWgs * 128;  // what a row of the list contributes to a block, BF16
 // Results in shared memory: a row for each column. Rows begin four banks apart, so that what a warp
 // writes at once, 16 outputs of every other of eight columns, is in as many banks.
@@ -17,7 +15,9 @@ constexpr int kOutBytes = kTokens * kOutStride;
 constexpr int kAdders = 2;
 constexpr int kAhead = 1;   // items that are known before the first one begins
 constexpr int kCells = 12;  // contributions that an adder has asked for
-static_assert(kWgs == 3 && kPerWg == 1, "");
+constexpr int kMostPairs = 32 * (kMostParts / 2);  // of contributions to 32 tokens
+constexpr int kAdderBytes = kCells * kRowBytes + kMostPairs * 20;
+static_assert(kWgs == 3 && kPerWg == 1 && kMostParts % 2 == 0, "");
 
 struct PrefillDownParams {
   Weights weights;
@@ -31,8 +31,9 @@ struct PrefillDownParams {
   u8* y;                  // two slices of (per_slice, slots, kRowBytes)
   u16* out;               // (M, rows) bfloat16; tokens without a row are not written
   u32* claimed;           // zero before
+  u32* summed;            // claims of those who add up; zero before
   u32* done;              // (blocks, tiles / 32) bits: what a tile has for y is there; zero before
-  u32* left;              // (slices) items that need y no more; zero before
+  u32* left;              // (slices) items whose sums are done; zero before
   u64 y_bytes;            // at least two blocks for all slots
   float factor;
   int b_rows, ring;
@@ -87,39 +88,30 @@ struct Order {
 __shared__ Queue queue;
 
 // Of a CTA's n-th item.
-__device__ __forceinline__ int table_of(int n) { return n % kTables; }
-__device__ __forceinline__ u32 table_phase(int n) { return n / kTables & 1; }
 __device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
 
-// Shared memory behind the stages: results of the warpgroups, tables of items, what adders have
-// asked for, columns' scales, and barriers.
+// Shared memory behind the stages: results of the warpgroups, to whom an item's columns belong, what
+// the warps have that add up, columns' scales, and barriers.
 struct Tables {
-  u32 out, tables, cells, scales, bars;
+  u32 out, owners, adders, scales, bars;
   __device__ __forceinline__ static constexpr int bytes() {
-    return kOutBytes + kTables * kTableBytes + kAdders * kCells * kRowBytes + kTokens * 4 + 128;
+    return kOutBytes + kOwnerBytes + kAdders * kAdderBytes + kTokens * 4 + 128;
   }
   __device__ __forceinline__ static Tables at(u32 begin) {
-    const u32 tables = begin + kOutBytes, cells = tables + kTables * kTableBytes;
-    const u32 scales = cells + kAdders * kCells * kRowBytes;
-    return Tables{begin, tables, cells, scales, scales + kTokens * 4};
+    const u32 owners = begin + kOutBytes, adders = owners + kOwnerBytes;
+    const u32 scales = adders + kAdders * kAdderBytes;
+    return Tables{begin, owners, adders, scales, scales + kTokens * 4};
   }
-  __device__ __forceinline__ u32 owner(int i, int column) const {
-    return tables + i * kTableBytes + column * static_cast<int>(sizeof(Owner));
-  }
-  __device__ __forceinline__ u32 part(int i, int column) const {
-    return tables + i * kTableBytes + kOwnerBytes +
-           column * (kMostParts * static_cast<int>(sizeof(Part)));
+  __device__ __forceinline__ u32 owner(int column) const {
+    return owners + column * static_cast<int>(sizeof(Owner));
   }
   __device__ __forceinline__ u32 scaled() const { return bars; }  // columns' scales are there
-  // Of tables, as those who add up may fall behind: item n's is there; its results are in memory.
-  __device__ __forceinline__ u32 full(int n) const { return bars + 8 + table_of(n) * 16; }
-  __device__ __forceinline__ u32 stored(int n) const { return bars + 16 + table_of(n) * 16; }
+  __device__ __forceinline__ u32 full() const { return bars + 8; }    // owners are
+  __device__ __forceinline__ u32 stored() const { return bars + 16; }  // results are in memory
   __device__ __forceinline__ void init() const {
     barrier_init(scaled(), kLanes);
-    for (int i = 0; i < kTables; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(stored(i), kConsumers / 32 * kLanes);
-    }
+    barrier_init(full(), 1);
+    barrier_init(stored(), kConsumers / 32 * kLanes);
     barrier_init_fence();
   }
 };
@@ -174,15 +166,14 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, in
 
 // ---- claims, tables, flags ----------------------------------------------------------------------
 // One warp. What it waits for are this CTA's items in their order, of which none needs what comes
-// after it here, and what other CTAs do for items with smaller numbers. So the item with the
-// smallest number of those that are not finished can always be, and nobody waits for ever.
+// after it here, and sums of slices before, which wait for items with smaller numbers. So the item
+// with the smallest number of those that are not finished can always be, and nobody waits for ever.
 struct Clerk {
   const PrefillDownParams& p;
   const Slices& slices;
   const Ring& ring;
   const Tables& tables;
   float b_scale;       // static
-  int settled = 0;     // of this CTA's items
   int free_below = 0;  // slices whose part of y may be written
 
   __device__ __forceinline__ static int lane() { return threadIdx.x & 31; }
@@ -200,10 +191,11 @@ struct Clerk {
         next = atomicAdd(p.claimed, 1u);
         claimed = order.item(number);
       }
-      settle(posted - kQueue + 1);
+      const u32 bar = ring.queue_bars + posted % kQueue * 16;
+      barrier_wait(bar + 8, (posted / kQueue & 1) ^ 1);
       if (lane() == 0) {
         queue.item[posted % kQueue] = claimed;
-        barrier_arrive(ring.queue_bars + posted % kQueue * 16);
+        barrier_arrive(bar);
       }
       __syncwarp();
       if (item(posted).kind == kEnd) items = posted;
@@ -216,25 +208,11 @@ struct Clerk {
       scale(n);
       publish(n);
     }
-    settle(items);
-  }
-
-  // Until all are through with the first `count` items, and no longer need their part of y.
-  __device__ __forceinline__ void settle(int count) {
-    for (; settled < count; ++settled) {
-      barrier_wait(ring.queue_bars + settled % kQueue * 16 + 8, settled / kQueue & 1);
-      if (lane() == 0 && slices.count() > 2) {
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item(settled).slice)
-                     : "memory");
-      }
-      __syncwarp();
-    }
   }
 
   // Says that the item's results are in memory.
   __device__ __forceinline__ void publish(int n) {
-    barrier_wait(tables.stored(n), table_phase(n));
+    barrier_wait(tables.stored(), phase_of(n));
     if (lane() == 0) {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
       const int step = item(n).step;
@@ -246,32 +224,26 @@ struct Clerk {
     __syncwarp();
   }
 
-  // An item's table, when its results may be written, in place of one of an item added up.
+  // An item's owners, when its results may be written. Those of the one before are done with.
   __device__ __forceinline__ void fetch(int n) {
-    settle(n - kTables + 1);
-    wait_slice(n);
+    wait_slice(item(n).slice);
     if (lane() == 0) {
-      constexpr int kPartBytes = kMostParts * static_cast<int>(sizeof(Part));
-      const int count = item(n).count, i = table_of(n);
-      const u64 first = item(n).first;
-      const int owner_bytes = count * static_cast<int>(sizeof(Owner));
-      barrier_expect(tables.full(n), owner_bytes + count * kPartBytes);
-      bulk_copy(tables.owner(i, 0), p.owners + first, owner_bytes, tables.full(n));
-      bulk_copy(tables.part(i, 0), p.parts + first * kMostParts, count * kPartBytes,
-                tables.full(n));
+      const int bytes = item(n).count * static_cast<int>(sizeof(Owner));
+      barrier_expect(tables.full(), bytes);
+      bulk_copy(tables.owner(0), p.owners + item(n).first, bytes, tables.full());
     }
     __syncwarp();
   }
 
   // What results of each column are multiplied with: that of a token's only row is its output.
   __device__ __forceinline__ void scale(int n) {
-    barrier_wait(tables.full(n), table_phase(n));
+    barrier_wait(tables.full(), phase_of(n));
     const int count = item(n).count;
 #pragma unroll
     for (int c = lane(); c < kTokens; c += 32) {
       float by = 0.0f;
       if (c < count) {
-        const uint4 owner = lds128(tables.owner(table_of(n), c));
+        const uint4 owner = lds128(tables.owner(c));
         by = (kDynamic ? p.b_scale[owner.y] : b_scale) * 512.0f;
         if (static_cast<int>(owner.w) < 0) by *= __uint_as_float(owner.z) * p.factor;
       }
@@ -281,13 +253,9 @@ struct Clerk {
     if (kEveryLane || lane() == 0) barrier_arrive(tables.scaled());
   }
 
-  // Until all that have to do with the last slice but one are through, this CTA's items, too.
-  __device__ __forceinline__ void wait_slice(int n) {
-    const int slice = item(n).slice;
+  // Until all sums of the last slice but one are done.
+  __device__ __forceinline__ void wait_slice(int slice) {
     if (slice < 2 || free_below > slice - 2) return;
-    int last = n;
-    while (last > settled && item(last - 1).slice > slice - 2) --last;
-    settle(last);
     const u32 target = slices.tiles * slices.blocks_of(slice - 2);
     u32 seen;
     do {

@@ -219,6 +219,12 @@ __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
   return r;
 }
+// a * b + c.
+__device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
+  u32 v;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c));
+  return v;
+}
 __device__ __forceinline__ float half_low(u32 pair) {
   float r;
   asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}"

@@ -86,7 +86,7 @@ class _DownParams(ctypes.Structure):
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("tiles", _P), ("header", _P), ("slots", _P),
         ("owners", _P), ("parts", _P), ("b_scale", _P), ("y", _P), ("out", _P), ("claimed", _P),
-        ("done", _P), ("left", _P), ("y_bytes", ctypes.c_uint64), ("factor", _F),
+        ("summed", _P), ("done", _P), ("left", _P), ("y_bytes", ctypes.c_uint64), ("factor", _F),
         ("b_rows", _I), ("ring", _I),
     )  # fmt: skip
 
@@ -97,8 +97,10 @@ class _OwnDownParams(ctypes.Structure):
     _fields_ = (
         ("weights", _Weights), ("b", _P), ("columns", _P), ("first", _P), ("twice", _P),
         ("sizes", _P), ("largest", _P), ("b_scale", _P), ("out", _P), ("claimed", _P),
+        ("handed", _P), ("sums", _P),
         ("factor", _F), ("tokens", _I), ("top_k", _I), ("lists", _I), ("list_tokens", _I),
-        ("parts", _I), ("experts", _I), ("max_steps", _I), ("b_rows", _I),
+        ("parts", _I), ("experts", _I), ("max_steps", _I), ("b_rows", _I), ("whole", _I),
+        ("job_parts", _I),
     )  # fmt: skip
 
 
@@ -109,16 +111,21 @@ def launches_prefill(
     route, up, down = plan.launches
     tokens = t.x.shape[0]
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
-    own = plan.room == 0
+    own = plan.jobs is not None
     top_k = layer.top_k
     # Rows of q are in the order of down's lists.
     q_rows = plan.down.count * plan.down.tokens * top_k if own else pairs
     tiles = plan.up.count * plan.up.max_tiles
     blocks = -(-layer.hidden // (SORTED_WARPGROUPS * ROW_TILE))
-    # Claims of two kernels; of down: tiles that are in memory, slices that are left
-    done, left = 2, 2 + (0 if own else -(-tiles // DONE_TILES) * blocks)
+    # Claims of two kernels, and of sums; of down: tiles that are in memory, slices that are left,
+    # or parts of jobs that are handed over
+    done, left = 3, 3 + (0 if own else -(-tiles // DONE_TILES) * blocks)
     finished = left + (0 if own else blocks)
-    zeros = finished + (tiles if dynamic else 0)
+    handed = finished + (tiles if dynamic else 0)
+    zeros = handed + (plan.jobs.places if plan.jobs else 0)
+    xq_bytes = max(tokens, plan.room) * layer.hidden
+    sum_bytes = plan.jobs.sum_bytes if plan.jobs else 0
+    over_xq = sum_bytes <= xq_bytes  # nobody needs it any more
     parts = 0 if own else pairs * plan.most_parts
     space = Workspace(
         t.x.device,
@@ -140,7 +147,8 @@ def launches_prefill(
             "own sizes": pairs * 4 if own else 0,
             "own largest": layer.experts * 4 if own else 0,
             "own counts": plan.sorters * MAX_EXPERTS * 8 if own else 0,
-            "xq": max(tokens, plan.room) * layer.hidden,
+            "xq": xq_bytes,
+            "sums": 0 if over_xq else sum_bytes,
             "x_scale": tokens * 4,
             "q": q_rows * layer.inner,
             "row_scale": pairs * 4 if dynamic else 0,
@@ -189,18 +197,21 @@ def launches_prefill(
     )  # fmt: skip
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)
-    if own:
+    if plan.jobs is not None:
         chosen = dict(down.kernel.defines)
         steps = own_steps(layer, chosen["W4_MOST_TOKENS"], chosen["W4_CLUSTER"], down.tokens)
         own_parameters = _OwnDownParams(
             w2, at["q"], at["own columns"], at["own first"], at["own twice"], at["own sizes"],
-            at["own largest"], q_scale, out.data_ptr(), claimed + 4, factor, tokens, top_k,
+            at["own largest"], q_scale, out.data_ptr(), claimed + 4, claimed + 4 * handed,
+            at["xq" if over_xq else "sums"], factor, tokens, top_k,
             plan.down.count, plan.down.tokens, plan.down.parts, layer.experts, steps, q_rows,
+            plan.jobs.whole, plan.jobs.parts,
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(
         w2, at["q"], at["tiles"], at["header"], at["total"] + 4, at["owners"], at["parts"],
-        q_scale, at["y"], out.data_ptr(), claimed + 4, claimed + 4 * done, claimed + 4 * left,
+        q_scale, at["y"], out.data_ptr(), claimed + 4, claimed + 8, claimed + 4 * done,
+        claimed + 4 * left,
         plan.slice_bytes, factor, q_rows, down.ring,
     )  # fmt: skip
     return [(route, route_parameters), (up, up_parameters), (down, down_parameters)]

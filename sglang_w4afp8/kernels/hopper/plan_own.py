@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
     BARRIER_BYTES,
@@ -32,8 +34,57 @@ OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
 """Shared memory of those, for experts' pairs by class (prefill_sort_own.cuh)."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
+OWN_NOBODY = 4
+"""Sums beside those of tokens, for columns without a pair."""
+OWN_MOST_PARTS = 4
+"""CTAs that work on one of the last jobs."""
+OWN_PART_COST = 0.25
+"""Of a part more, in jobs: describing it, handing its sums over. From times on an H100."""
 OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
 """Slots for tokens, and the warps that fill them: a slot has always the same one."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Row tiles times lists, and how the last of them are shared out.
+
+    Attributes:
+        whole: jobs that one CTA does, the first ones. Counted in clusters.
+        shared: jobs that several CTAs do, each some of the experts.
+        parts: how many CTAs.
+        places: jobs of CTAs that are shared: there is a sum for each of their parts but one.
+        place_bytes: of such a sum.
+    """
+
+    whole: int
+    shared: int
+    parts: int
+    places: int
+    place_bytes: int
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of all sums that are handed over."""
+        return self.places * (self.parts - 1) * self.place_bytes
+
+    @classmethod
+    def of(cls, jobs: int, cluster: int, clusters: int, most: int) -> Jobs:
+        """Shares the jobs of the last round where that ends sooner.
+
+        Args:
+            jobs: of clusters.
+            cluster: CTAs of a cluster.
+            clusters: that run at a time.
+            most: tokens of a list, at most.
+        """
+        last = jobs % clusters
+
+        def rounds(parts: int) -> float:
+            return -(-last * parts // clusters) / parts + OWN_PART_COST * (parts - 1)
+
+        parts = min(range(1, OWN_MOST_PARTS + 1), key=rounds)
+        shared = last if parts > 1 else 0
+        return cls(jobs - shared, shared, parts, shared * cluster, most * ROW_TILE * 2)
 
 
 def own_cluster(lists: int) -> int:
@@ -69,8 +120,8 @@ def own_tokens(layer: Layer) -> int:
     return most // step * step
 
 
-def own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None:
-    """The launch whose CTAs own outputs, and its lists; None where K is too long."""
+def own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists, Jobs] | None:
+    """The launch whose CTAs own outputs, its lists and jobs; None where K is too long."""
     shape, group = layer.down, layer.inner_group
     most = own_tokens(layer)
     if most == 0:
@@ -92,7 +143,7 @@ def own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None
     fixed = (
         ALIGNMENT
         + 256
-        + (most + 1) * ROW_TILE * 2
+        + (most + OWN_NOBODY) * ROW_TILE * 2
         + 2 * most
         + 2 * own_steps(layer, most, cluster, columns) * 4
         + (8 + OWN_WARPGROUPS * 4) * BARRIER_BYTES
@@ -125,6 +176,10 @@ def own_down(layer: Layer, tokens: int, sms: int) -> tuple[Launch, Lists] | None
     shared = fixed - 1024 + slots * (stage + BARRIER_BYTES) + token_slots * token_slot
     grid = sms // cluster * cluster
     threads = (OWN_WARPGROUPS + 2) * 128
-    return Launch(kernel, (grid, 1), threads, shared, slots, columns), Lists(
-        -(-tokens // size), size, 0, parts
+    lists = -(-tokens // size)
+    jobs = layer.hidden // ROW_TILE * -(-lists // cluster)
+    return (
+        Launch(kernel, (grid, 1), threads, shared, slots, columns),
+        Lists(lists, size, 0, parts),
+        Jobs.of(jobs, cluster, grid // cluster, most),
     )

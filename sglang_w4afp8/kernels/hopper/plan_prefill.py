@@ -26,6 +26,7 @@ from sglang_w4afp8.kernels.hopper.plan_own import (
     OWN_CLUSTERS,
     OWN_SORT_BYTES,
     OWN_SORTERS,
+    Jobs,
     own_down,
     own_parts,
     own_tokens,
@@ -51,10 +52,11 @@ SLICE_BYTES = 160 * 2**20
 BLOCK_BYTES = SORTED_WARPGROUPS * 128
 """Contributions of a pair to a block."""
 OWNER_BYTES, PART_BYTES = 16, 8
-TABLES = 2
 ADDERS, CELLS = 2, 12
-"""Warps of down that add up, and the contributions that each has asked for: they come to shared
-memory."""
+"""Warps of down that add up beside others, and the contributions that each has asked for: they come
+to shared memory."""
+PAIR_BYTES = 20
+"""Of shared memory for two contributions to a token."""
 DONE_TILES = 32
 """Tiles of which a word says whether their contributions to a block are there."""
 BLOCK_ROWS = 64
@@ -63,11 +65,13 @@ UP_LIST_PAIRS = 131_072
 """Pairs of a list of gate and up: the longer, the fuller are its tiles."""
 CLUSTER = 2
 """CTAs of gate and up that may share weights."""
-CLUSTER_PAIRS = 96
-"""Pairs of an expert, on average, from which they do."""
-CLUSTER_TOKENS = 8_192
-"""Tokens up to which they do. With more, tokens come from memory, and the CTAs of a cluster wait
-for each other's."""
+CLUSTER_ROWS = 256
+"""Rows of gate and up that an expert has where they do: one block, four row tiles."""
+CLUSTER_PAIRS = (96, 192)
+"""Pairs of an expert, on average, from which and below which they do: about a tile or two. An
+expert's tiles come in twos then, and of the experts that skewed routing leaves few pairs, both have
+half of them. Faster on an H100 with uniform routing, slower with zipf's, more so with two
+blocks."""
 MAX_TOP_K = 32
 """Where CTAs do not own outputs: a warp of route has a lane for each pair of a token."""
 MAX_RING = 8
@@ -87,6 +91,7 @@ class PrefillPlan:
         panel: columns of a panel of x then, and of one of q.
         most_parts: contributions to a token for which there is room; even.
         slice_bytes: contributions in memory.
+        jobs: of down, where its CTAs own outputs.
     """
 
     launches: tuple[Launch, Launch, Launch]
@@ -98,18 +103,19 @@ class PrefillPlan:
     panel: tuple[int, int] = (0, 0)
     most_parts: int = 0
     slice_bytes: int = 0
+    jobs: Jobs | None = None
 
 
 def _cluster(layer: Layer, tokens: int, sms: int) -> int:
     """CTAs of gate and up that share weights.
 
-    Two where experts have several tiles, if each CTA has one of the two copies of every stage: all
-    blocks of an expert's rows must have four row tiles.
+    Each has one of the two copies of every stage, so the block must have all its row tiles.
     """
-    whole_blocks = layer.up.rows // ROW_TILE % 4 == 0 and sms % CLUSTER == 0
-    many = tokens * layer.top_k >= CLUSTER_PAIRS * layer.experts and tokens <= CLUSTER_TOKENS
+    one_block = layer.up.rows == CLUSTER_ROWS and sms % CLUSTER == 0
+    least, most = (pairs * layer.experts for pairs in CLUSTER_PAIRS)
+    several = least <= tokens * layer.top_k < most
     # With scales of tokens, sums of 128 columns leave too few registers.
-    return CLUSTER if whole_blocks and many and not layer.dynamic else 1
+    return CLUSTER if one_block and several and not layer.dynamic else 1
 
 
 def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
@@ -156,10 +162,9 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     """Gate and up, or down, on tokens in the order of the list."""
     shape = layer.up if up else layer.down
     stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
-    tables = TABLES * TILE_TOKENS * (OWNER_BYTES + most_parts * PART_BYTES)
-    asked = ADDERS * CELLS * BLOCK_BYTES
+    asked = ADDERS * (CELLS * BLOCK_BYTES + 32 * (most_parts // 2) * PAIR_BYTES)
     out = TILE_TOKENS * (BLOCK_BYTES + 16 + 4)
-    behind = 0 if up else out + tables + asked + 128
+    behind = 0 if up else out + TILE_TOKENS * OWNER_BYTES + asked + 128
     static = (SORTED_WARPGROUPS * TILE_TOKENS * (32 + 16) if up else 0) + 1024
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
     ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, CTA_SHARED_BYTES - static - fixed)
@@ -206,7 +211,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     cluster = _cluster(layer, tokens, sms)
     own = own_down(layer, tokens, sms)
     if own is not None:
-        launch, lists = own
+        launch, lists, jobs = own
         part_tokens = lists.tokens // lists.parts
         sorters = -(-tokens // part_tokens)
         return PrefillPlan(
@@ -219,6 +224,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
             part_pairs=part_tokens * layer.top_k,
             up=Lists.of(layer, tokens, UP_LIST_PAIRS, cluster, part_tokens),
             down=lists,
+            jobs=jobs,
         )
     if layer.top_k > MAX_TOP_K:
         raise BackendError(
