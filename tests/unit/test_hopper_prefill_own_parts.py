@@ -80,9 +80,9 @@ def arguments(layer: Layer, tokens: int) -> tuple[SimpleNamespace, int]:
 
     scales = [None if layer.dynamic else empty(1)] * 2
     groups = empty(layer.experts, layer.hidden, layer.inner // layer.inner_group)
-    pairs = [empty(tokens, layer.top_k)] * 2
-    weights = [*[empty(1)] * 3, groups]
-    t = Tensors(empty(tokens, layer.hidden), *pairs, *weights, *scales, empty(1))
+    x, pairs = empty(tokens, layer.hidden), [empty(tokens, layer.top_k)] * 2
+    given: list[Any] = [x, *pairs, *[empty(1)] * 3, groups, *scales, empty(1)]
+    t = Tensors(*given)
     launched = launch_prefill.launches_prefill(layer, planned(layer, tokens, 132), t, empty(1), 1.0)
     (_, route), _, (_, own) = launched
     p = SimpleNamespace(**{name: getattr(own, name) or 0 for name, *_ in own._fields_})

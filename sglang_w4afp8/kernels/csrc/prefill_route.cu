@@ -147,7 +147,9 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
 __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
   const u16* scales = p.own.w2_scale + static_cast<u64>(expert) * p.own.expert_scales;
   const int tid = threadIdx.x;
-  u32 largest = 0;  // without signs the order of bits is that of numbers
+  // Without signs the order of bits is that of numbers. 2^-100 at least: with less, the power of two
+  // for results would have no room, and weights would have to make up for it (describe_jobs).
+  u32 largest = 0x0d800000u;
   auto see = [&](u32 bits) {
     if (bits < 0x7f800000u) largest = max(largest, bits);
   };

@@ -55,7 +55,7 @@ struct Own {
   int* rows;              // as up's columns: where a pair's row of q is, see q_row
   int* twice;             // (parts) whether a token names an expert twice
   float* sizes;           // (M, top_k) the weight's absolute value, 0 for a pair that is not ours
-  float* largest;         // (E) the largest finite scale of w2, whatever its sign
+  float* largest;         // (E) the largest finite scale of w2, whatever its sign, or 2^-100
   u64* counts;            // (sorters, kMaxExperts) pairs by class, see prefill_sort_own.cuh
   const float* weights;   // (M, top_k)
   const u16* w2_scale;    // (E, expert_scales) bfloat16
