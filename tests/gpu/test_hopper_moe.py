@@ -209,7 +209,8 @@ SIZES += [("large", 33), ("large", 75), ("large", 150), ("large", 500)]
 ONE_HOT = [("small", 8), ("medium", 64), ("large", 8), ("large", 64), ("prefill", 64)]
 GRAPHS = [("small", 5), ("medium", 40), ("large", 40), ("prefill", 700)]
 SIZES += [("medium", 1), ("medium", 19), ("medium", 64), ("medium", 170), ("medium", 256)]
-SIZES += [("prefill", 1), ("prefill", 37), ("prefill", 300), ("prefill", 1111)]
+SIZES += [("prefill", 1), ("prefill", 37), ("prefill", 300), ("prefill", 500)]
+SIZES += [("prefill", 1111)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

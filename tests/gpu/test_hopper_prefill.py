@@ -1,4 +1,6 @@
-"""The prefill path where tokens are in the order of the list: slices, room, duplicates."""
+"""The prefill path: slices, room and duplicates where tokens are in the order of the list; what
+CTAs use again, and clusters.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ def test_slices_and_room(
 
 @pytest.mark.parametrize(
     ("inner", "tokens", "slice_bytes"),
-    [(512, 200, 1), (512, 200, 2**28), (256, 1100, 2**28), (128, 1100, 2**28)],
+    [
+        (512, 200, 1),
+        (512, 200, 2**28),
+        (256, 1100, 2**28),
+        (128, 1100, 2**28),
+        (128, 200, 2**28),  # gate and up in clusters
+    ],
 )
 def test_a_few_items_for_each_cta(
     inner: int, tokens: int, slice_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -51,6 +59,10 @@ def test_a_few_items_for_each_cta(
     """All that CTAs share and use again, in calls short enough for a race detector."""
     monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
     case = moe.Case(experts=6, hidden=7168, inner=inner, top_k=4)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    _, up, _ = plan_prefill.plan_prefill(case.layer, tokens, sms).launches
+    clusters = dict(up.kernel.defines).get("W4_CLUSTER", 1) == 2
+    assert clusters == (inner == 128 and tokens == 200)
     weights = moe.random_weights(case)
     x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
     route = moe.routing(case, tokens, "holes", tokens)

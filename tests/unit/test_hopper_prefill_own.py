@@ -101,9 +101,8 @@ def test_shared_memory_holds_what_is_laid_out(layer: Layer) -> None:
         seen.add(down.kernel)
         c = own_constants(down.kernel)
         assert c["kNobody"] == plan_own.OWN_NOBODY
-        static = (
-            -(-(2 * job_bytes() + 2 * 4) // 128) * 128
-        )  # what is dynamic has 128 bytes of alignment
+        # What is dynamic has 128 bytes of alignment.
+        static = -(-(2 * job_bytes() + 2 * 4) // 128) * 128
         assert down.shared_bytes + static <= CTA_SHARED_BYTES
         max_steps = own_max_steps(layer, plan)
         for begin in range(0, 1024, 128):

@@ -146,7 +146,7 @@ def test_the_simulation_follows_the_kernel() -> None:
         "struct Adder > void run()", "slices.slots == 0 && slices.count() <= 2) return",
         "atomicAdd(p.summed, 1u)", "next = claim()", "order.item(", "== kEnd) return",
         "next = claim();", "wait_tiles(item);", "first < item.count", "add_up(item, find(",
-        "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item.slice",
+        "__syncwarp();", "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item.slice",
     )  # fmt: skip
     in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")
     in_order(

@@ -1,16 +1,16 @@
 // Down of the prefill path: w2 times the FP8 products, and the sum over each token's experts.
 //
 // Rows of the list are (token, k) pairs sorted by expert. The result of a token's only row goes to
-// its place at once. Those of tokens with several rows go through `y`, and the CTA that has the
-// last of them adds up, in the order of k: results do not depend on timing. With expert parallelism
-// most tokens have one row or two, so little goes through memory.
+// its place at once. Those of tokens with several rows go through `y` and are added up where the
+// last of them is, by whichever warp claims that tile, in the order of k: results do not depend on
+// timing. With expert parallelism most tokens have one row or two, so little goes through memory.
 //
 // Beside the consumers there are four warps: one fills the ring, one, the clerk, claims items and
-// tells other CTAs what is done, and two wait for other tiles' results and add up while consumers
-// are at the next items. They use few registers: what sums need comes to shared memory, where each
-// lane reads what it has asked for itself.
+// tells other CTAs what is done, and two claim tiles whose sums are due and add up, while consumers
+// are at other items. They use few registers: what is added comes to shared memory, where each lane
+// reads what it has asked for itself. Consumers that find no more items add up, too.
 //
-// Items are claimed in order, and a tile waits for tiles with smaller numbers only, so that CTAs
+// Items and sums are claimed in order, and wait for tiles with smaller numbers only, so that CTAs
 // need not all be resident. Outputs are cut into slices of `per_slice` blocks of 192, tiles run
 // inside slices, and y holds two slices: what a slice writes takes the place of what the last but
 // one did.
@@ -114,6 +114,7 @@ struct Adder {
       for (int first = 0; first < item.count; first += 32) {
         add_up(item, find(item, first));
       }
+      __syncwarp();  // all lanes have what they asked for
       if (slices.count() > 2 && lane == 0) {
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
         asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item.slice) : "memory");
@@ -160,7 +161,8 @@ struct Adder {
     for (int i = begin; i < end; ++i) {
       uint4 two = parts[i - begin];
       two.y = weigh(two.y), two.w = weigh(two.w);
-      if ((i - begin) * 2 + 1 == count) two.w = 0;  // there is no second one
+      // No second one: as if it weighed nothing. What weighs nothing is not read.
+      if ((i - begin) * 2 + 1 == count) two.w = 0;
       sts128(pairs + i * 16, two);
       sts32(tokens + i * 4, i + 1 == end ? token : ~0u);
     }

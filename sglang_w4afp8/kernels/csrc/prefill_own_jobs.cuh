@@ -254,8 +254,9 @@ __device__ __forceinline__ int part_begin(const Step* steps, int count, u32 part
 
 // One warp: which experts a job needs. Those of all lists of the cluster, as weights come to all.
 //
-// Results are FP16 before they are weighted: times `unit`, which no result overflows, and 512, as
-// codes are decoded to 2^-9 of them. A column's weight takes that back (produce_tokens).
+// Results are FP16 before they are weighted: times `unit`, with which none overflows that is bound by
+// 2^115, and 512, as codes are decoded to 2^-9 of them. A column's weight takes `unit` back
+// (produce_tokens).
 __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
   const int lane = threadIdx.x & 31;
   const u32 groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
@@ -309,8 +310,8 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
       job.steps = part_begin(steps, count, part + 1, parts) - job.first;
       job.place = (job_number - whole) * kCluster + rank;
       for (int i = 0; list < p.lists && i < p.parts; ++i) {
-        const int part = list * p.parts + i;  // the last list may have fewer
-        if (part * (p.list_tokens / p.parts) < p.tokens) job.twice |= p.twice[part];
+        const int sorter = list * p.parts + i;  // the last list may have fewer
+        if (sorter * (p.list_tokens / p.parts) < p.tokens) job.twice |= p.twice[sorter];
       }
       describe_sums(p, list, bound, s.exponents(n & 1));
     }

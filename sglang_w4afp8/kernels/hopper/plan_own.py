@@ -36,8 +36,8 @@ OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_NOBODY = 4
 """Sums beside those of tokens, for columns without a pair."""
-OWN_MOST_PARTS = 4
-"""CTAs that work on one of the last jobs."""
+OWN_MOST_PARTS = 2
+"""CTAs that work on one of the last jobs; with the cost of a part, more never end sooner."""
 OWN_PART_COST = 0.25
 """Of a part more, in jobs: describing it, handing its sums over. From times on an H100."""
 OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
@@ -50,7 +50,7 @@ class Jobs:
 
     Attributes:
         whole: jobs that one CTA does, the first ones. Counted in clusters.
-        shared: jobs that several CTAs do, each some of the experts.
+        shared: jobs that two CTAs do, each some of the experts.
         parts: how many CTAs.
         places: jobs of CTAs that are shared: there is a sum for each of their parts but one.
         place_bytes: of such a sum.

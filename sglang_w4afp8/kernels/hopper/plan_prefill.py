@@ -2,10 +2,10 @@
 
 ``route`` sorts the (token, k) pairs by expert and quantises x; ``up`` and ``down`` are persistent
 kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own outputs, tokens of ``up`` are
-gathered into tiles of at most 128 by 256 weight rows, and where experts have several tiles, the
-CTAs of ``up`` form pairs (clusters) that share an expert's weights. With a longer K tokens lie in
-the order of the list, tiles have 192 weight rows, and what several experts contribute to a token
-goes from tile to tile of ``down`` through slots in memory.
+gathered into tiles of at most 128 by 256 weight rows, and where experts have 256 rows and about
+one tile or two, the CTAs of ``up`` form pairs (clusters) that share an expert's weights. With a
+longer K tokens lie in the order of the list, tiles have 192 weight rows, and what several experts
+contribute to a token goes from tile to tile of ``down`` through slots in memory.
 """
 
 from __future__ import annotations
