@@ -19,13 +19,21 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("slice_bytes", [1, 2**20, 2**28])
-@pytest.mark.parametrize("room", [0.5, 8])
+@pytest.mark.parametrize(("room", "early_rounds"), [(0.5, 2), (8, 2), (8, 0)])
 def test_slices_and_room(
-    case: moe.Case, slice_bytes: int, room: float, monkeypatch: pytest.MonkeyPatch
+    case: moe.Case,
+    slice_bytes: int,
+    room: float,
+    early_rounds: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Contributions in two parts of y or in one, tokens gathered or in the order of the list."""
+    """Contributions in two parts of y or in one; tokens gathered or in the order of the list.
+
+    In that order route writes some of them, or gate and up all of them.
+    """
     monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(plan_prefill, "ROOM", room)
+    monkeypatch.setattr(plan_prefill, "EARLY_ROUNDS", early_rounds)
     weights = moe.random_weights(case)
     shuffled = moe.stage_order(case, weights)
     for tokens, here in ((40, 0.5), (700, 0.125), (3000, 0.125), (1500, 1.0)):

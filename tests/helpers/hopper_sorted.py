@@ -16,6 +16,7 @@ from typing import Any
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
 ROUTE, SORT, SHARED = "prefill_route.cu", "prefill_sort.cuh", "prefill.cuh"
+LISTED = "prefill_listed.cuh"
 UP, DOWN, TABLES = "prefill_up.cu", "prefill_down.cu", "prefill_tables.cuh"
 SIZES = {"sizeof": int, "Owner": 16, "Part": 8}
 ROUTED = c_constants(ROUTE, {})
@@ -64,62 +65,6 @@ def list_columns(counts: list[int]) -> list[int]:
         columns += [c_value(text, scope | {"row": first + i}) for i in range(tokens)]
         first += tokens
     return columns
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Of the ring: addresses in a stage, and in ``what``."""
-
-    what: str
-    to: int
-    source: int
-    size: int
-
-
-def down_copies(
-    c: dict[str, Any], item: SimpleNamespace, k: int, rows: int, b_rows: int
-) -> list[list[Copy]]:
-    """``produce_stages``: what all lanes copy for an item, for each stage.
-
-    Args:
-        c: constants.
-        item: expert, block, first, count.
-        k: columns.
-        rows: of the weights.
-        b_rows: of the tokens.
-    """
-    within = "void produce_stages"
-    stages: list[list[Copy]] = [[] for _ in range(k // c["kStageK"])]
-    p = SimpleNamespace(rows=rows, k=k, w=0, scales=0)
-    fixed: dict[str, Any] = {**c, "p": p, "item": item, "b": 0, "rows": b_rows, "min": min}
-    fixed |= {"ring": SimpleNamespace(stage=int), "place": SimpleNamespace(slot=0)}
-    fixed |= {"weights": "weights", "tokens": "tokens"}
-    expected = {
-        "weights": c_find(TABLES, (within, "barrier_expect(weights, "), "barrier_expect("),
-        "tokens": c_find(TABLES, (within,), "barrier_expect_all("),
-    }
-    for lane in range(32):
-        names = "lane tiles stages kBlockTiles kPanels is_scale is_token mine row_bytes tile_bytes "
-        names += "to row_tiles tile block beside"
-        scope = c_locals(TABLES, within, names, fixed | {"threadIdx": SimpleNamespace(x=lane)})
-        assert scope["stages"] == len(stages)
-        inside = f"{within} > if (is_token)" + ("" if scope["is_token"] else " > else")
-        scope = c_locals(TABLES, inside, "from bytes next next_cut here", scope)
-        what = "tokens" if scope["is_token"] else "scales" if scope["is_scale"] else "codes"
-        for step, stage in enumerate(stages):
-            copy = c_value(c_find(TABLES, (within, "if (here)"), "bulk_copy("), scope)
-            assert copy[3] == ("tokens" if what == "tokens" else "weights"), "another barrier"
-            if scope["here"]:
-                stage.append(Copy(what, *copy[:3]))
-            scope["from"] += c_value(c_find(TABLES, (within,), "from +="), scope | {"step": step})
-    for stage in stages:
-        counted = {"weights": 0, "tokens": 0}
-        for one in stage:
-            counted["tokens" if one.what == "tokens" else "weights"] += one.size
-        for name, text in expected.items():
-            assert c_value(text, scope)[1] == counted[name], "bytes expected"
-        assert c_value(expected["tokens"], scope)[2] == c["kTokenArrivals"]
-    return stages
 
 
 class Slices:

@@ -276,27 +276,34 @@ def test_ctas_of_a_cluster_have_items_of_the_same_weights(rows: int, grid: int) 
     assert sorted(found) == wanted
 
 
-@pytest.mark.parametrize(("grid", "tokens", "items"), [(132, 5000, 7), (78, 40, 0), (3, 1000, 2)])
-def test_up_looks_at_every_token_once_for_zeros(grid: int, tokens: int, items: int) -> None:
-    """``zero_beside_items``: some with every item, the rest after the last; all columns of each."""
+@pytest.mark.parametrize(("grid", "tokens", "units"), [(132, 5000, 7), (78, 40, 0), (3, 1000, 2)])
+def test_up_looks_at_every_token_once_for_zeros(grid: int, tokens: int, units: int) -> None:
+    """``write_beside``: some with every unit, the rest after the last; all columns of each.
+
+    Or all at once, where tokens are gathered.
+    """
     body = (CSRC / UP).read_text()
     body = body[body.index("int zero_tokens(") : body.index("struct UpBody")]
-    assert "i < count && token < p.tokens; ++i, token += gridDim.x)" in body
-    assert "  while (reader.next(queue, ring).kind != kEnd) token = zero_tokens(" in body
-    within = "void zero_beside_items("
-    at_a_time = c_value(c_find(UP, (within,), "zero_tokens("), dict.fromkeys(("p", "token"), 0))[2]
-    scope = {"p": SimpleNamespace(tokens=tokens), "token": 0}
-    rest = c_value(c_find(UP, (within, ".kind != kEnd)", ");\n"), "zero_tokens("), scope)[2]
-    seen = []
+    assert "i < count && token < p.tokens; ++i, token += step)" in body
+    within = "void write_beside("
+    assert "[&] { token = zero_tokens(p, token, step, 8); });" in body
+    fixed = {"p": SimpleNamespace(tokens=tokens), "gridDim": SimpleNamespace(x=grid)}
+    rest = c_value(c_find(UP, (within, "});\n"), "zero_tokens("), fixed | {"token": 0, "step": 0})
+    alone = c_find(UP, ("if (kSorted && warp == 3)",), "zero_tokens(")
+    seen, gathering = [], []
     for block in range(grid):
-        scope = {"blockIdx": SimpleNamespace(x=block)}
-        token = c_value(c_find(UP, (within,), "token"), scope)
-        for count in [at_a_time] * items + [rest]:
-            for _ in range(count):
-                if token < tokens:
-                    seen.append(token)
-                    token += grid
-    assert sorted(seen) == list(range(tokens))
+        scope: dict[str, Any] = fixed | {"blockIdx": SimpleNamespace(x=block)}
+        _, token, step, count = c_value(alone, scope)
+        gathering += list(range(token, tokens, step))[:count]
+        for part in range(2):
+            at = c_locals(UP, within, "step token", scope | {"part": part})
+            token = at["token"]
+            for count in [8] * units + [rest[3]]:
+                for _ in range(count):
+                    if token < tokens:
+                        seen.append(token)
+                        token += at["step"]
+    assert sorted(seen) == sorted(gathering) == list(range(tokens))
     loop = re.search(r"for \(int k = (.*?); k < p\.weights\.k; k \+= (\d+)\)", body)
     assert loop is not None
     first, more = loop.groups()

@@ -23,7 +23,7 @@ from sglang_w4afp8.kernels.hopper.plan import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 RING, JOBS = "prefill_ring.cuh", "prefill_own_jobs.cuh"
-TABLES = "prefill_tables.cuh"
+TABLES, PRODUCE = "prefill_tables.cuh", "prefill_produce.cuh"
 SIZES = {"kCluster": 2, "kConsumers": 256, "readers": 11, "kWeightWarps": 2, "kTokenWarps": 4}
 SIZES["kTokenArrivals"] = int(c_find(RING, (), "kTokenArrivals"))
 # Arrivals by threads for themselves, and by warps.
@@ -116,30 +116,42 @@ def test_warps_arrive_as_the_define_says(source: str) -> None:
 
 def test_tokens_arrive_as_often_in_whatever_order_they_are() -> None:
     """Every lane of two warps with its own copies, or one lane for all of them."""
-    copies = "prefill.cuh"
-    body = c_text(copies)
-    body = body[body.index("void produce_tokens(") : body.index("void produce_rows(")]
-    assert len(re.findall(r"async_copy_arrive\(ring\.tokens_full\(", body)) == 1
+    body = c_text(PRODUCE)
+    gathered = body[body.index("void produce_tokens(") :]
+    assert len(re.findall(r"async_copy_arrive\(ring\.tokens_full\(", gathered)) == 1
     up = (build.CSRC / "prefill_up.cu").read_text()
     assert up.count("produce_tokens(") == 1 and "queue, ring, warp - 2," in up
-    scope = SIZES | {"full": 0, "tokens": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
-    for source, within in ((copies, "void produce_rows("), (TABLES, "void produce_stages(")):
-        expected = c_find(source, (within,), "barrier_expect_all(")
-        assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
-        text = (build.CSRC / source).read_text()
-        one_lane = re.findall(r"if \(lane == [01]\) barrier_expect_all\(", text)
-        assert text.count("barrier_expect_all(") == len(one_lane) == 1
+    within = "void produce_stages("
+    scope = SIZES | {"tokens_full": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
+    expected = c_find(PRODUCE, (within,), "barrier_expect_all(")
+    assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
+    alone = body[body.index("      if (mine) {", body.index(within)) :]
+    alone = alone[: alone.index("\n      }\n")]
+    assert alone.count("barrier_expect_all(") == body.count("barrier_expect_all(tokens_full") == 1
+    assert alone.count("barrier_expect(weights_full") == 1
+    assert "const bool mine = chosen();" in body
 
 
 def test_items_are_read_by_as_many_warps_as_the_barriers_count() -> None:
-    """Consumers and, of gate and up, three others; of down, who fills the ring."""
+    """Consumers and, of gate and up, three others; of down, who fills the ring.
+
+    Who fills the ring of gate and up with rows of the list reads for those who write them.
+    """
     up, down = ((build.CSRC / f"prefill_{name}.cu").read_text() for name in ("up", "down"))
     assert "kReaders = kConsumers / 32 + 3;" in (build.CSRC / RING).read_text()
     assert "make_ring(shared, p.ring, 0);" in up
     assert "make_ring(shared, p.ring, Tables::bytes(), kConsumers / 32 + 1);" in down
-    tables = (build.CSRC / TABLES).read_text()
-    readers = [text.count("reader.next(queue, ring)") for text in (tables, down)]
-    assert readers == [1, 0], "of produce_stages"
+    produce = (build.CSRC / PRODUCE).read_text()
+    assert produce.count("reader.next(queue, ring, Rows::kReads)") == 1, "of produce_stages"
+    assert produce.count("reader.next(queue, ring)") == 2, "of the others"
+    assert up.count("reader.next(") == down.count("reader.next(") == 0
+    of_rows = ((PRODUCE, "NoRows", 1), ("prefill_up.cu", "BlockRows", 3), (TABLES, "PanelRows", 1))
+    for source, rows, reads in of_rows:
+        assert int(c_find(source, (f"struct {rows}",), "kReads")) == reads
+    # With NoRows two more warps copy tokens; with BlockRows they read no items.
+    body = up[up.index("if (warp == 1)") : up.index("take_registers")]
+    assert re.findall(r"(\w+Rows)\{", body) == ["BlockRows", "NoRows"]
+    assert "write_beside(p, warp - 2)" in body
 
 
 def test_the_first_turn_is_passed_on_by_as_many_as_a_warp() -> None:

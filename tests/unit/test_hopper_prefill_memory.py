@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_sorted import down_copies
+from hopper_stages import stage_copies
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
 from sglang_w4afp8.packing import pack_int4
 
-COMMON, RING = "prefill.cuh", "prefill_ring.cuh"
+COMMON, PRODUCE, RING = "prefill.cuh", "prefill_produce.cuh", "prefill_ring.cuh"
 UP, DOWN = "prefill_up.cu", "prefill_down.cu"
 TWO, ONE, THREE = (2, 2), (2, 1), (3, 1)  # consumer warpgroups, and row tiles of each in an item
 SHAPES = [
@@ -74,15 +74,14 @@ def stages(
 ) -> list[torch.Tensor]:
     """Shared memory after a stage's copies; 0x77 where none came.
 
-    ``produce_weights`` of a CTA, or where there are three consumer warpgroups ``produce_tiles`` or,
-    of down, ``produce_stages``.
+    ``produce_weights`` of a CTA, or where there are three consumer warpgroups ``produce_stages``.
     """
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
     item = SimpleNamespace(block=block, expert=experts - 1, first=0, count=16)
-    if "kAdders" in c:
+    if c["kWgs"] == 3:
         found = []
-        for stage in down_copies(c, item, k, rows, 16):
+        for stage in stage_copies(c, item, k, rows, 16, "kAdders" in c):
             found.append(torch.full((c["kStageBytes"],), 0x77, dtype=torch.uint8))
             for one in (one for one in stage if one.what != "tokens"):
                 there = found[-1][one.to : one.to + one.size]
@@ -94,41 +93,33 @@ def stages(
     fixed |= {"ring": SimpleNamespace(stage=lambda slot: 0), "place": SimpleNamespace(slot=0)}
     within, names = "void produce_weights", "lane tiles stages kBlockTiles kTogether kCopies mine "
     names += "is_scale first row_bytes tile_bytes to row_tiles tile block beside count from"
-    if c["kWgs"] == 3:
-        within, names = "void produce_tiles", "lane tiles stages kBlockTiles is_scale mine "
-        names += "row_bytes bytes to row_tiles tile block beside here from"
     size = c["kStageBytes"]
     found = [torch.full((size,), 0x77, dtype=torch.uint8) for _ in range(k // c["kStageK"])]
     for lane in range(32):
-        scope = c_locals(COMMON, within, names, fixed | {"threadIdx": SimpleNamespace(x=lane)})
-        for step, stage in enumerate(found):
-            cut = step % c["kCuts"]
-            if c["kWgs"] == 3:
-                text = c_find(COMMON, (within, "if (here)"), "bulk_copy(")
-                to, at, size, _ = c_value(text, scope | {"cut": cut, "full": 0})
-                size *= scope["here"]
-            else:
-                to, at, size = scope["to"], scope["from"], scope["count"] * scope["tile_bytes"]
+        scope = c_locals(PRODUCE, within, names, fixed | {"threadIdx": SimpleNamespace(x=lane)})
+        for stage in found:
+            to, at, size = scope["to"], scope["from"], scope["count"] * scope["tile_bytes"]
             if size > 0:
                 assert (stage[to : to + size] == 0x77).all(), "copied to twice"
                 stage[to : to + size] = flat[int(scope["is_scale"])][at : at + size]
-            if cut == c["kCuts"] - 1:
-                scope["from"] += c_value(c_find(COMMON, (within,), "from +="), scope)
+            scope["from"] += c_value(c_find(PRODUCE, (within,), "from +="), scope)
     return found
 
 
 def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> dict[str, Any]:
-    """What ``load_fragment`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
+    """What ``load_codes`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
     if c["kWgs"] == 3:
-        within = "void multiply_one"
-        at = c_locals(COMMON, within, "w_at s_at", scope | {"f": 0, "group": 7})
-        _, w, s, tile, group = c_value(c_find(COMMON, (within,), "load_fragment("), at)
-        assert group == 7, "all groups of the stage"
+        at = scope | {"thread": scope["wg"] * 128 + scope["thread"]}
+        at = c_locals(COMMON, "void multiply_one > auto codes_at", "before", at)
+        w, s = (
+            c_value(c_find(COMMON, ("void multiply_one", f"auto {name}"), "return"), at)
+            for name in ("codes_at", "scales_at")
+        )
     else:
         at = c_locals(COMMON, "void multiply(", "w_at s_at codes scales", scope | {"half": half})
         w, s = at["codes"] + at["w_at"], at["scales"] + at["s_at"]
     found = scope | {"w": w, "s": s, "tile": tile, "group": 0}
-    more = c_value(c_find(COMMON, ("void load_fragment",), "w +="), found)
+    more = c_value(c_find(COMMON, ("void load_codes",), "w +="), found)
     return found | {"w": w + more}
 
 
@@ -136,7 +127,7 @@ def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> 
 def test_fragments_are_the_rows_of_the_item(
     rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int]
 ) -> None:
-    """``load_fragment``, for every thread and scale group, on what was copied."""
+    """``load_codes``, for every thread and scale group, on what was copied."""
     generator = torch.Generator().manual_seed(rows + k)
     codes = torch.randint(-8, 8, (3, rows, k), generator=generator, dtype=torch.int8)
     scales = torch.rand(3, rows, k // group, generator=generator).bfloat16()
@@ -161,7 +152,7 @@ def test_fragments_are_the_rows_of_the_item(
                     first = step * c["kStageK"] + half * c["kK"] + part * group
                     fetch = "lds128(" if group >= 64 else "lds64("
                     for h in range(max(1, group // 64)):
-                        text = c_find(COMMON, ("void load_fragment",), fetch)
+                        text = c_find(COMMON, ("void load_codes",), fetch)
                         address = c_value(text, scope | {"h": h})
                         size = 16 if group >= 64 else 8
                         words = shared[address[:, None] + torch.arange(size)].view(128, -1, 4)
@@ -171,7 +162,7 @@ def test_fragments_are_the_rows_of_the_item(
                         for row, values in zip(rows_of.T, decode_words(words), strict=True):
                             assert torch.equal(values, codes[2, row[:, None, None], column].int())
                             seen[row[:, None, None], column] += 1
-                    address = c_value(c_find(COMMON, ("void load_fragment",), "lds32("), scope)
+                    address = c_value(c_find(COMMON, ("void load_codes",), "lds32("), scope)
                     found = shared[address[:, None] + torch.arange(4)].contiguous()
                     assert torch.equal(
                         found.view(torch.bfloat16), wanted[2, rows_of, first // group]
@@ -208,21 +199,21 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
         scope: dict[str, Any] = {**c, "part": part, "threadIdx": SimpleNamespace(x=lane)}
         scope |= {"k": k, "b": 0, "row": int, "list": range(c["kTokens"])}
         scope |= {"item": SimpleNamespace(count=c["kTokens"])}
-        s = c_locals(COMMON, within, "lane kMine piece first swizzled to_lane at", scope)
+        s = c_locals(PRODUCE, within, "lane kMine piece first swizzled to_lane at", scope)
         rows = []
         for j in range(s["kMine"]):
-            row = c_locals(COMMON, within, "c", s | {"j": j})
-            rows.append(c_value(c_find(COMMON, function, "from[j]"), row))
+            row = c_locals(PRODUCE, within, "c", s | {"j": j})
+            rows.append(c_value(c_find(PRODUCE, function, "from[j]"), row))
         for found in shared:
             to, address = stage + s["to_lane"], 0
             for _ in range(c["kHalves"] * (c["kK"] // c["kPanel"])):
                 for j in range(s["kMine"]):
-                    copy = c_find(COMMON, function, "async_copy16(")
+                    copy = c_find(PRODUCE, function, "async_copy16(")
                     address, source = c_value(copy, s | {"j": j, "to": to, "from": rows})
                     assert address not in found and address % 16 == 0
                     found[address] = divmod(source, k)
-                to += c_value(c_find(COMMON, function, "to +="), s)
-                s["at"] += c_value(c_find(COMMON, function, "at +="), s)
+                to += c_value(c_find(PRODUCE, function, "to +="), s)
+                s["at"] += c_value(c_find(PRODUCE, function, "at +="), s)
     return shared
 
 
@@ -293,7 +284,7 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
             q[address] = column, feature
         shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
         item = SimpleNamespace(first=first + before, count=count, block=0, expert=0)
-        for memory, copies in zip(shared, down_copies(c, item, k, 64, b_rows), strict=True):
+        for memory, copies in zip(shared, stage_copies(c, item, k, 64, b_rows), strict=True):
             for one in (one for one in copies if one.what == "tokens"):
                 assert not any(stage + one.to + i in memory for i in range(0, one.size, 16))
                 memory |= {stage + one.to + i: q[one.source + i] for i in range(0, one.size, 16)}

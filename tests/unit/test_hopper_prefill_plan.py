@@ -165,10 +165,17 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         pairs = tokens * layer.top_k
         assert 0 <= plan.sorters * plan.part_pairs - pairs < plan.part_pairs
         rows = c_constants("prefill_route.cu", {})["kRows"]
-        others = -(-tokens // rows) + (layer.experts if own else 0)
-        assert plan.launches[0].grid[0] == plan.sorters + others
+        others = plan.launches[0].grid[0] - plan.sorters
         if own:
+            assert others == -(-tokens // rows) + layer.experts
             continue
+        # They go on as long as there are rows and tokens; more than fit at a time would only wait.
+        assert others == min(-(-tokens // rows), 2 * 132)
+        # What every CTA of gate and up begins with, whole blocks of it; items are claimed in order.
+        up_blocks = -(-layer.up.rows // (plan_prefill.SORTED_WARPGROUPS * 64))
+        items = plan_prefill.EARLY_ROUNDS * 132
+        assert plan.early % plan_prefill.BLOCK_ROWS == 0
+        assert plan.early // plan.launches[1].tokens * up_blocks >= items
         # One list, whose tokens x and q are in the order of.
         assert plan.up == plan.down and (plan.up.count, plan.up.together) == (1, 1)
         assert plan.part_pairs % plan_prefill.ROUTE_THREADS == 0
@@ -276,7 +283,14 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
         # What route says of rows
         assert (mine.owners, mine.parts) == (down.owners, down.parts)
         assert (mine.slots, mine.total, mine.empty) == (down.slots, up.total, up.empty)
-        assert (mine.room, mine.panel) == (plan.room, plan.panel[0]) and up.room == plan.room
+        assert mine.room == up.room == plan.room
+        listed = mine.listed
+        assert bytes(listed) == bytes(up.listed), "who writes the first rows, and who the others"
+        assert (listed.hidden, listed.panel) == (layer.hidden, plan.panel[0])
+        assert (listed.x, listed.a_scale) == (route.x, route.a_scale)
+        assert (listed.columns, listed.place) == (lists.columns, mine.place)
+        assert (listed.xq, listed.x_scale) == (route.xq, route.x_scale)
+        assert (listed.top_k, listed.early) == (layer.top_k, plan.early)
         assert (mine.top_k, mine.most_parts) == (layer.top_k, plan.most_parts)
         parts = pairs * plan.most_parts
         assert room(mine.place) >= 8 * pairs and room(mine.owners) >= 16 * pairs
@@ -296,16 +310,18 @@ def test_workspace_has_room_for_what_is_written(layer: Layer) -> None:
             assert (up.b_scale, down.b_scale) == (route.x_scale, up.q_row_scale)
         assert (up.b, down.b, up.arrived) == (route.xq, up.q, route.arrived)
         assert room(down.y) >= down.y_bytes == plan.slice_bytes
-        # Counters, made zero by route: claims, a bit for each item of down, its slices, and tiles
-        # with dynamic scales.
+        # Counters, made zero by route: claims, a bit for each item of down, its slices, tiles with
+        # dynamic scales, units of rows, and the rows of each block of them.
         tiles, blocks = lists.max_tiles, -(-layer.hidden // 192)
         assert up.claimed == route.zeros and down.claimed == (up.claimed or 0) + 4
         words = -(-tiles // plan_prefill.DONE_TILES)
         assert down.summed == down.claimed + 4 and down.done == down.summed + 4
         assert down.left == down.done + 4 * words * blocks
         assert up.tile_count == down.left + 4 * blocks
+        assert listed.claimed == up.tile_count + 4 * tiles * layer.dynamic
+        assert listed.written == listed.claimed + 4
         zeroed = (route.zeros or 0) + 4 * route.zero_count
-        assert zeroed == up.tile_count + 4 * tiles * layer.dynamic
+        assert zeroed == listed.written + 4 * plan.room // c["kBlockRows"]
         assert room(route.zeros) >= 4 * route.zero_count
 
 

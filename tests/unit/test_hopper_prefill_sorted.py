@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 from hopper_sorted import (
     DOWN,
+    LISTED,
     ROUTE,
     ROUTED,
     SHARED,
-    TABLES,
     UP,
     Tile,
     constants,
-    down_copies,
     list_columns,
     list_tiles,
 )
+from hopper_stages import stage_copies, token_copies
 from kernel_source import c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.plan import Layer
@@ -53,16 +53,33 @@ def write(memory: np.ndarray, address: np.ndarray, row: np.ndarray, column: np.n
 
 
 def written_x(counts: list[int], hidden: int, panel: int, room: int) -> np.ndarray:
-    """``quantize_rows``, for all pairs of a list."""
-    numbers = np.array(list_columns(counts))[:, None]
-    rows, columns = np.arange(len(numbers))[:, None], np.arange(0, hidden, UNIT)[None, :]
+    """``write_rows``, for all pairs of a list."""
+    numbers = list_columns(counts)
     memory = np.full(room * hidden // UNIT, -1)
-    p = SimpleNamespace(sorted=SimpleNamespace(panel=panel), hidden=hidden, xq=0)
-    scope: dict[str, Any] = {**ROUTED, "p": p, "mine": SimpleNamespace(row=rows, column=numbers)}
-    scope |= {"__shfl_sync": lambda mask, value, lane: value, "from": 0, "column": columns}
-    scope = c_locals(ROUTE, "const int panel", "panel panels", scope)
-    scope = c_locals(ROUTE, "u32 left", "place number key in_panel line", scope)
-    write(memory, c_value(c_find(ROUTE, ("u64 line",), "return"), scope), rows, columns)
+    p = SimpleNamespace(panel=panel, hidden=hidden, xq=0)
+    within = "void write_rows("
+    scope: dict[str, Any] = {**ROUTED, "p": p, "kTogether": 4, "first": 0}
+    lanes = np.arange(32)[:, None]
+    for row, number in enumerate(numbers):
+        at = scope | {"lane": lanes, "r": row}
+        names = "kStep column in_panel row block"
+        at = c_locals(LISTED, f"{within} > constexpr int kStep", names, at)
+        # The lane that looks the row up multiplies its column's number for the swizzle.
+        text = c_find(LISTED, (within, "token_of = pair"), "key_of")
+        at["key"] = c_value(text.replace("column", "number"), at | {"number": number})
+        begins = c_value(c_find(LISTED, (within,), "u8* to"), at)
+        left = hidden - at["column"]
+        together, steps = 4, -(-hidden // (4 * ROUTED["kRowColumns"]))
+        for step in range(steps):
+            for i in range(together):
+                here = (left > i * ROUTED["kRowColumns"]).ravel()
+                chunk = step * together + i
+                columns = at["column"][here] + chunk * ROUTED["kRowColumns"]
+                for half in range(8 // UNIT) if here.any() else ():
+                    address = begins[here] + i * at["kStep"] + half * UNIT
+                    write(memory, address, np.full_like(columns, row), columns + half * UNIT)
+            begins = begins + together * at["kStep"]
+            left = left - together * ROUTED["kRowColumns"]
     return memory
 
 
@@ -84,34 +101,13 @@ def written_q(counts: list[int], inner: int, panel: int, q_rows: int) -> np.ndar
     return memory
 
 
-def copies(
-    c: dict[str, Any], tile: Tile, blocks: bool, k: int, rows: int
-) -> list[list[tuple[int, int, int]]]:
-    """``produce_rows`` (``blocks``) or ``produce_stages``: to, from and bytes, for each stage."""
+def copies(c: dict[str, Any], tile: Tile, k: int, rows: int) -> list[list[tuple[int, int, int]]]:
+    """``produce_stages``: to, from and bytes of tokens, for each stage."""
     item = SimpleNamespace(first=tile.first, count=tile.count, block=0, expert=0)
-    if not blocks:
-        return [
-            [(one.to, one.source, one.size) for one in stage if one.what == "tokens"]
-            for stage in down_copies(c, item, k, 192, rows)
-        ]
-    within = "void produce_rows"
-    steps: list[list[tuple[int, int, int]]] = [[] for _ in range(k // c["kStageK"])]
-    for lane in range(32):
-        scope: dict[str, Any] = {**c, "k": k, "b": 0, "full": 0, "item": item, "max": max}
-        scope |= {"threadIdx": SimpleNamespace(x=lane), "min": min}
-        scope |= {"place": SimpleNamespace(slot=0), "ring": SimpleNamespace(stage=int)}
-        names = "lane stages kPanels kPieces panel piece kStepBytes block begin end line from to"
-        scope = c_locals(SHARED, within, names + " mine", scope)
-        expected = c_value(c_find(SHARED, (within,), "barrier_expect_all("), scope)
-        assert expected[1:] == (tile.count * c["kStageK"], c["kTokenArrivals"])
-        assert scope["stages"] == len(steps)
-        for step in steps:
-            if scope["mine"]:
-                step.append(c_value(c_find(SHARED, (within,), "bulk_copy("), scope)[:3])
-            scope["from"] += c_value(c_find(SHARED, (within,), "from +="), scope)
-    for step in steps:
-        assert sum(size for _, _, size in step) == tile.count * c["kStageK"], "bytes expected"
-    return steps
+    return [
+        [(one.to, one.source, one.size) for one in stage if one.what == "tokens"]
+        for stage in stage_copies(c, item, k, 192, rows)
+    ]
 
 
 def check_tile(c: dict[str, Any], memory: np.ndarray, tile: Tile, **how: Any) -> None:
@@ -156,7 +152,7 @@ def test_the_matrix_unit_reads_the_rows_of_x_that_route_wrote(
     room = -(-sum(counts) // BLOCK_ROWS) * BLOCK_ROWS  # all of it in use, so that none is beyond
     memory = written_x(counts, hidden, c["kPanel"], room)
     for tile in list_tiles(counts):
-        check_tile(c, memory, tile, blocks=True, k=hidden, rows=room)
+        check_tile(c, memory, tile, k=hidden, rows=room)
 
 
 @pytest.mark.parametrize(("inner", "stage_k"), CUTS)
@@ -169,22 +165,18 @@ def test_the_matrix_unit_reads_the_rows_of_q_that_gate_and_up_wrote(
     q_rows = sum(counts) + 3
     memory = written_q(counts, inner, _panel(stage_k), q_rows)
     for tile in list_tiles(counts):
-        check_tile(c, memory, tile, blocks=False, k=inner, rows=q_rows)
+        check_tile(c, memory, tile, k=inner, rows=q_rows)
 
 
 @pytest.mark.parametrize(("blocks", "stage_k"), [(b, k) for b in (True, False) for _, k in CUTS])
-def test_a_warp_has_a_lane_for_every_copy(blocks: bool, stage_k: int) -> None:
+def test_the_pieces_of_a_panel_are_all_of_a_tile(blocks: bool, stage_k: int) -> None:
     """Wherever a tile begins; the lists above have tiles at few places of a block."""
     c = constants(UP if blocks else DOWN, stage_k)
-    if blocks:
-        names = c_locals(SHARED, "void produce_rows", "kPanels kPieces", c)
-        assert names["kPanels"] * names["kPieces"] <= 32
-    else:
-        names = c_locals(TABLES, "void produce_stages", "kPanels", c)
-        assert 2 * c["kRowTiles"] + names["kPanels"] <= 32
     for first in range(0, 2 * c["kBlockRows"]):
-        for count in (1, 7, 63, 64, 65, 127, 128):
-            copies(c, Tile(0, 0, first, count), blocks, stage_k, 4096)  # all bytes, else it fails
+        for count in (1, 7, 63, 64, 65, 127, c["kTokens"]):
+            copies(c, Tile(0, 0, first, count), stage_k, 4096)  # all bytes, else it fails
+            item = SimpleNamespace(first=first, count=count)
+            assert sum(size for _, _, size in token_copies(c, item, stage_k, 4096)[:-1]) > 0
 
 
 def test_tiles_begin_where_the_swizzle_does() -> None:
@@ -212,8 +204,8 @@ def test_threads_of_route_have_every_column_once(hidden: int) -> None:
         at = c_locals(ROUTE, within, "at", scope | {"tid": tid})
         for begin in range(0, hidden, step):
             for i in range(together):
-                column = c_locals(ROUTE, "auto store", "column", at | {"begin": begin, "i": i})
-                seen.append(column["column"])
+                scope = at | {"begin": begin, "i": i}
+                seen.append(c_locals(ROUTE, f"{within} > uint4 v[", "column", scope)["column"])
     assert sorted(column for column in seen if column < hidden) == list(range(0, hidden, 8))
 
 

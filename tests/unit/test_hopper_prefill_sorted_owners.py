@@ -31,7 +31,7 @@ from sglang_w4afp8.kernels.hopper.layout import _row_order
 from sglang_w4afp8.kernels.hopper.plan import Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import BLOCK_BYTES, plan_prefill
 
-WITHIN = "void describe_owners"
+WITHIN, EMPTY = "void describe_owners", "p.sorted.empty[token]"
 
 
 # ---- owners --------------------------------------------------------------------------------------
@@ -47,44 +47,65 @@ class Owners:
     def __init__(self, rows: list[list[int]], most_parts: int, order: random.Random) -> None:
         self.owners: dict[int, tuple[int, Any, Any, int]] = {}
         self.parts: dict[int, tuple[int, Any]] = {}
-        self.slots, self.most_parts, self.top_k = 0, most_parts, len(rows[0])
-        for token in order.sample(range(len(rows)), len(rows)):
-            self.warp(token, rows[token])
+        self.empty: dict[int, bool] = {}
+        self.rows, self.slots, self.most_parts = rows, 0, most_parts
+        self.top_k, self.width = len(rows[0]), 1
+        for line in (
+            "while (width < p.sorted.top_k) width <<= 1;",
+            "for (int d = width >> 1; d; d >>= 1) last = max(last, __shfl_xor_sync(",
+            "slot = atomicAdd(p.sorted.slots, __popc(several));",
+        ):
+            assert line in c_text(ROUTE)
+        while self.width < self.top_k:
+            self.width <<= 1
+        together = c_locals(ROUTE, "void serve_list", "together", {"width": self.width})["together"]
+        firsts = range(0, len(rows), together)
+        for first in order.sample(firsts, len(firsts)):
+            self.warp(first)
 
-    def warp(self, token: int, rows: list[int]) -> None:
-        """One warp; lanes from ``top_k`` on have no pair."""
-        rows = rows + [-1] * (32 - len(rows))
-        weights = {token * self.top_k + k: ("weight", token, k) for k in range(self.top_k)}
-        p = SimpleNamespace(sorted=SimpleNamespace(top_k=self.top_k, weights=weights))
-        p.sorted.most_parts = self.most_parts
-        common: dict[str, Any] = {
-            "p": p, "token": token, "__popc": int.bit_count,
-            "__ffs": lambda bits: (bits & -bits).bit_length(),
-            "__reduce_max_sync": lambda mask, value: max(rows),
-            "__ballot_sync": lambda mask, value: sum(
-                1 << lane for lane, row in enumerate(rows) if row >= 0),
-            "__float_as_uint": lambda value: value,
-        }  # fmt: skip
-        begin = None
-        for lane, row in enumerate(rows):
-            place = SimpleNamespace(row=row)
-            scope = common | {"threadIdx": SimpleNamespace(x=lane + 64), "place": place}
-            scope = c_locals(ROUTE, WITHIN, "k pair ours last count", scope)
-            assert scope["k"] == lane
-            if row < 0:
+    def warp(self, first: int) -> None:
+        """One warp; a token's lanes from ``top_k`` on have no pair, nor have tokens past the end."""
+        pairs = range(len(self.rows) * self.top_k)
+        weights = {pair: ("weight", *divmod(pair, self.top_k)) for pair in pairs}
+        p = SimpleNamespace(sorted=SimpleNamespace(top_k=self.top_k, weights=weights, place=None))
+        p.sorted.most_parts, p.tokens = self.most_parts, len(self.rows)
+        fixed: dict[str, Any] = {"p": p, "first": first, "width": self.width}
+        fixed |= {"__popc": int.bit_count, "__float_as_uint": lambda value: value}
+        lanes = []
+        for lane in range(32):
+            at = fixed | {"threadIdx": SimpleNamespace(x=lane + 64)}
+            at = c_locals(ROUTE, WITHIN, "lane k begin token pair here", at)
+            at["load_place"] = self.place
+            lanes.append(c_locals(ROUTE, WITHIN, "row", at))
+        mine = [at["row"] for at in lanes]
+        ballot = sum(1 << lane for lane, row in enumerate(mine) if row >= 0)
+        for lane, at in enumerate(lanes):
+            at["__ballot_sync"] = lambda mask, value: ballot
+            at |= c_locals(ROUTE, WITHIN, "ours count", at)
+            # Halves of a token's lanes, and halves of those, exchange what is largest.
+            group = range(lane - lane % self.width, lane - lane % self.width + self.width)
+            at["last"] = max(mine[other] for other in group)
+            if at["here"] and at["k"] == 0:
+                self.put(self.empty, at["token"], c_value(c_find(ROUTE, (WITHIN,), EMPTY), at))
+        several = sum(1 << i for i, at in enumerate(lanes) if at["row"] >= 0 and at["count"] > 1)
+        begin, self.slots = self.slots, self.slots + several.bit_count()
+        for at in (at for at in lanes if at["row"] >= 0):
+            at |= {
+                "several": several,
+                "slot": begin,
+                "__shfl_sync": lambda mask, value, lane: value,
+            }
+            at |= c_locals(ROUTE, f"{WITHIN} > atomicAdd(", "slot weight", at)
+            if at["count"] == 1:
+                self.put(self.owners, at["row"], self.made("count == 1", "owners[row]", at))
                 continue
-            scope = c_locals(ROUTE, WITHIN, "weight", scope)
-            if scope["count"] == 1:
-                self.put(self.owners, row, self.made("count == 1", "owners[place.row]", scope))
-                continue
-            scope = c_locals(ROUTE, WITHIN, "leader before", scope)
-            if begin is None:  # the shuffle: all have what the leader was given
-                assert lane == scope["leader"]
-                begin, self.slots = self.slots, self.slots + scope["count"]
-            scope |= {"slot": begin, "__shfl_sync": lambda mask, value, lane: value}
-            scope = c_locals(ROUTE, f"{WITHIN} > atomicAdd(", "slot parts to", scope)
-            self.put(self.owners, row, self.made("u32 parts", "owners[place.row]", scope))
-            self.put(self.parts, scope["to"], self.made("u64 to", "parts[to]", scope))
+            at |= c_locals(ROUTE, f"{WITHIN} > count == 1", "before parts to", at)
+            self.put(self.owners, at["row"], self.made("u32 parts", "owners[row]", at))
+            self.put(self.parts, at["to"], self.made("u64 to", "parts[to]", at))
+
+    def place(self, places: None, pair: int) -> SimpleNamespace:
+        token, k = divmod(pair, self.top_k)
+        return SimpleNamespace(row=self.rows[token][k])
 
     @staticmethod
     def made(after: str, name: str, scope: dict[str, Any]) -> Any:
@@ -147,6 +168,7 @@ def test_every_row_has_an_owner_and_the_last_ones_know_all(top_k: int, share: fl
             assert tiles[row] <= tiles[last]
     assert sorted(slots) == list(range(found.slots))
     assert found.parts == expected_parts
+    assert found.empty == {token: max(of_token) < 0 for token, of_token in enumerate(rows)}
     assert several > 0 or top_k == 1
 
 

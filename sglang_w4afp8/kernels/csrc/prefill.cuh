@@ -1,4 +1,5 @@
-// What the two matrix kernels of the prefill path share: producers of the ring, the loop over K.
+// What the two matrix kernels of the prefill path share: the loop over K, and who fills the ring for it
+// (prefill_produce.cuh).
 //
 // A work item is a tile of at most 128 tokens of one expert times 128 or 256 rows of weights for two
 // consumer warpgroups, 192 for three, each with W4_PER_WG row tiles of 64 rows; all see the same
@@ -7,217 +8,47 @@
 // earlier ones without all CTAs being resident; results do not depend on who claims what.
 #pragma once
 #include "mma_wide.cuh"
-#include "prefill_lists.cuh"
-#include "prefill_ring.cuh"
+#include "prefill_produce.cuh"
 
-struct Weights {
-  const u8* w;       // (E, rows, K / 2) in stage order
-  const u8* scales;  // (E, rows, K / group) bfloat16 in stage order
-  int rows, k;
+// This thread's codes of one scale group, and its two row scales.
+struct Codes {
+  uint4 v[kGroup >= 64 ? kGroup / 64 : 1];
+  u32 scales;
 };
-
-constexpr u32 kNoRow = 0xffffffffu;
-
-// ---- producers -----------------------------------------------------------------------------------
-// One warp: weights and scales, by one lane each for every block of the layout. Of the CTAs of a
-// cluster each waits for all bytes, and copies half of them. A copy may come before the other CTA
-// expects its bytes, but not a phase early: that CTA's consumers have released the stage, so they
-// had what was in it before.
-__device__ __forceinline__ void produce_weights(const Weights& p, const Queue& queue,
-                                                const Ring& ring) {
-  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kSpan;
-  constexpr int kBlockTiles = 2 * kLayoutTiles;  // of the layout
-  constexpr int kTogether = kBlockTiles < kRowTiles ? kBlockTiles : kRowTiles;
-  constexpr int kCopies = kRowTiles / kTogether;
-  const bool mine = kCluster == 1 || (lane & 1) == (blockIdx.x & 1);
-  static_assert(kCluster == 1 || kCopies == 2, "one copy of codes and one of scales for each CTA");
-  const bool is_scale = lane >= kCopies;
-  const int first = (is_scale ? lane - kCopies : lane) * kTogether;
-  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
-  const u32 tile_bytes = is_scale ? kTileScaleBytes : kTileBytes;
-  const u32 to = is_scale ? kScalesAt + first * kTileScaleBytes : kWeightsAt + first * kTileBytes;
-  Reader reader;
-  Place place;
-  for (;;) {
-    const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
-    const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
-    const int tile = item.block * kRowTiles + first;
-    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
-    const int count = lane < 2 * kCopies && mine ? min(kTogether, row_tiles - first) : 0;
-    const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
-                     static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
-                     tile % kBlockTiles * tile_bytes;
-    for (int step = 0; step < stages; ++step) {
-      const u32 full = ring.weights_full(place.slot);
-      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
-      __syncwarp();
-      if (count > 0) {
-        const u32 there = ring.stage(place.slot) + to;
-        if constexpr (kCluster == 2) {
-          bulk_copy_to_all(there, from, count * tile_bytes, full, kCluster);
-        } else {
-          bulk_copy(there, from, count * tile_bytes, full);
-        }
-      }
-      from += beside * tile_bytes;
-      place.advance(ring.size);
-    }
-  }
-}
-
-// The same with a row tile for each warpgroup: a lane has the codes of one, or its scales.
-__device__ __forceinline__ void produce_tiles(const Weights& p, const Queue& queue,
-                                              const Ring& ring) {
-  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kSpan;
-  constexpr int kBlockTiles = 2 * kLayoutTiles;
-  const bool is_scale = lane >= kRowTiles;
-  const int mine = is_scale ? lane - kRowTiles : lane;
-  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
-  const u32 bytes = is_scale ? kTileScaleBytes : kTileBytes;
-  const u32 to = is_scale ? kScalesAt + mine * kTileScaleBytes : kWeightsAt + mine * kTileBytes;
-  Reader reader;
-  Place place;
-  for (;;) {
-    const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
-    const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
-    const int tile = item.block * kRowTiles + mine;
-    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
-    const bool here = lane < 2 * kRowTiles && mine < row_tiles;
-    const u8* from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
-                     static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
-                     tile % kBlockTiles * (kCuts * bytes);
-    for (int step = 0; step < stages; ++step) {
-#pragma unroll
-      for (int cut = 0; cut < kCuts; ++cut) {
-        const u32 full = ring.weights_full(place.slot);
-        barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-        if (lane == 0) barrier_expect(full, row_tiles * (kTileBytes + kTileScaleBytes));
-        __syncwarp();
-        if (here) bulk_copy(ring.stage(place.slot) + to, from + cut * bytes, bytes, full);
-        place.advance(ring.size);
-      }
-      from += beside * (kCuts * bytes);
-    }
-  }
-}
-
-// Two warps, `part` 0 and 1: the rows of the item's tokens. `row(pair)` is the number of the row of
-// `b` (k bytes) that a pair reads. A lane's copies arrive at the barrier when they are there, so
-// nobody waits for them here.
-template <class Row>
-__device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* columns,
-                                               int list_stride, const Queue& queue,
-                                               const Ring& ring, int part, Row row) {
-  const int lane = threadIdx.x & 31, stages = k / kStageK;
-  constexpr int kMine = kTokens / 2 / kRowsAtOnce;
-  const int piece = lane % kPieces, first = part * kRowsAtOnce + lane / kPieces;
-  const int swizzled = piece ^ (kPanel == 128 ? first % 8 : first / 2 % 4);
-  const u32 to_lane = first * kPanel + swizzled * 16;
-  Reader reader;
-  Place place;
-  for (;;) {
-    const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
-    u32 from[kMine];  // where rows begin, in units of 16 bytes: one multiplication gives an address
-    const int* list = columns + static_cast<u64>(item.list) * list_stride + item.first;
-#pragma unroll
-    for (int j = 0; j < kMine; ++j) {
-      const int c = j * 2 * kRowsAtOnce + first;
-      from[j] = c < item.count ? row(list[c]) * (k / 16) : kNoRow;
-    }
-    const u8* at = b + piece * 16;
-    for (int step = 0; step < stages; ++step) {
-      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      u32 to = ring.stage(place.slot) + to_lane;
-#pragma unroll
-      for (int h = 0; h < kHalves; ++h) {
-#pragma unroll
-        for (int panel = 0; panel < kK / kPanel; ++panel) {
-#pragma unroll
-          for (int j = 0; j < kMine; ++j) {
-            if (from[j] != kNoRow) {
-              async_copy16(to + j * 2 * kRowsAtOnce * kPanel, at + static_cast<u64>(from[j]) * 16);
-            }
-          }
-          to += kTokens * kPanel, at += kPanel;
-        }
-        async_copy_arrive(ring.tokens_full(place.slot, h));
-      }
-      place.advance(ring.size);
-    }
-  }
-}
-
-// One warp: the rows of the item's tokens where they are in the order of the list, swizzled from a
-// row that is a multiple of 8 rows after the expert's first. b: (rows / kBlockRows, k / kPanel,
-// kBlockRows, kPanel).
-__device__ __forceinline__ void produce_rows(const u8* b, int k, const Queue& queue,
-                                             const Ring& ring) {
-  const int lane = threadIdx.x & 31, stages = k / kStageK;
-  constexpr int kPanels = kStageK / kPanel;
-  constexpr int kPieces = kTokens / kBlockRows + 1;  // of a panel of the item
-  const int panel = lane / kPieces, piece = lane % kPieces;
-  constexpr u32 kStepBytes = kBlockRows * (kPanels * kPanel);
-  Reader reader;
-  Place place;
-  for (;;) {
-    const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
-    const int block = item.first / kBlockRows + piece;
-    const int begin = max(item.first, block * kBlockRows);
-    const int end = min(item.first + item.count, (block + 1) * kBlockRows);
-    const u64 line = static_cast<u64>(block * (k / kPanel) + panel - block) * kBlockRows;
-    const u8* from = b + (line + begin) * kPanel;
-    const u32 to = (panel * kTokens + begin - item.first) * kPanel;
-    const bool mine = panel < kPanels && end > begin;
-    for (int step = 0; step < stages; ++step) {
-      const u32 full = ring.tokens_full(place.slot, 0);
-      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      if (lane == 0) barrier_expect_all(full, item.count * kStageK, kTokenArrivals);
-      __syncwarp();
-      if (mine) bulk_copy(ring.stage(place.slot) + to, from, (end - begin) * kPanel, full);
-      from += kStepBytes;
-      place.advance(ring.size);
-    }
-  }
-}
-
-// The same value in all lanes, known to the compiler as such: what branches on it keeps addresses
-// and descriptors in uniform registers.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
-
-// ---- the loop over K -----------------------------------------------------------------------------
-// This thread's codes of one scale group as wgmma wants them, and its two row scales.
+// The same as wgmma wants them.
 struct Fragment {
   u32 a[kSteps * 4];
   u32 scales;
 };
 
 // `group`: of the stage.
-__device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int tile, int group) {
-  f.scales = lds32(s + tile * kTileScaleBytes + group * 128);
+__device__ __forceinline__ void load_codes(Codes& c, u32 w, u32 s, int tile, int group) {
   w += tile * kTileBytes;
   if constexpr (kGroup >= 64) {
 #pragma unroll
-    for (int h = 0; h < kGroup / 64; ++h) {
-      const uint4 v = lds128(w + (group * (kGroup / 64) + h) * 2048);
-      decode_int4<kMinusEight>(v.x, f.a[8 * h + 0], f.a[8 * h + 1]);
-      decode_int4<kMinusEight>(v.y, f.a[8 * h + 2], f.a[8 * h + 3]);
-      decode_int4<kMinusEight>(v.z, f.a[8 * h + 4], f.a[8 * h + 5]);
-      decode_int4<kMinusEight>(v.w, f.a[8 * h + 6], f.a[8 * h + 7]);
-    }
+    for (int h = 0; h < kGroup / 64; ++h) c.v[h] = lds128(w + (group * (kGroup / 64) + h) * 2048);
   } else {
     const uint2 v = lds64(w + (group >> 1) * 2048 + (group & 1) * 8);
-    decode_int4<kMinusEight>(v.x, f.a[0], f.a[1]);
-    decode_int4<kMinusEight>(v.y, f.a[2], f.a[3]);
+    c.v[0].x = v.x, c.v[0].y = v.y;
   }
+  c.scales = lds32(s + tile * kTileScaleBytes + group * 128);
+}
+__device__ __forceinline__ void decode(Fragment& f, const Codes& c) {
+  f.scales = c.scales;
+#pragma unroll
+  for (int h = 0; h < (kGroup + 63) / 64; ++h) {
+    decode_int4<kMinusEight>(c.v[h].x, f.a[8 * h + 0], f.a[8 * h + 1]);
+    decode_int4<kMinusEight>(c.v[h].y, f.a[8 * h + 2], f.a[8 * h + 3]);
+    if constexpr (kGroup >= 64) {
+      decode_int4<kMinusEight>(c.v[h].z, f.a[8 * h + 4], f.a[8 * h + 5]);
+      decode_int4<kMinusEight>(c.v[h].w, f.a[8 * h + 6], f.a[8 * h + 7]);
+    }
+  }
+}
+__device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int tile, int group) {
+  Codes c;
+  load_codes(c, w, s, tile, group);
+  decode(f, c);
 }
 
 // Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.
@@ -244,15 +75,22 @@ __device__ __forceinline__ void issue(float (&part)[kColumns / 2], const Fragmen
   }
   mma_commit();
 }
-// Adds them, times the scales of the fragment's rows, from accumulator kAt on.
-template <int kAt, int kAll, int kCount>
-__device__ __forceinline__ void add(float (&acc)[kAll], float (&part)[kCount], u32 scales) {
+// Adds kCount of them, from kFrom on, times the scales of the fragment's rows, to accumulators from
+// kAt on.
+template <int kAt, int kFrom, int kCount, int kAll, int kHave>
+__device__ __forceinline__ void add(float (&acc)[kAll], const float (&part)[kHave], u32 scales) {
   const float s0 = bf16_low(scales), s1 = bf16_high(scales);
 #pragma unroll
   for (int c = 0; c < kCount; c += 4) {
-    acc[kAt + c] += part[c] * s0, acc[kAt + c + 1] += part[c + 1] * s0;
-    acc[kAt + c + 2] += part[c + 2] * s1, acc[kAt + c + 3] += part[c + 3] * s1;
+    const float* v = part + kFrom + c;
+    float* to = acc + kAt + c;
+    to[0] += v[0] * s0, to[1] += v[1] * s0, to[2] += v[2] * s1, to[3] += v[3] * s1;
   }
+}
+// Adds them, times the scales of the fragment's rows, from accumulator kAt on.
+template <int kAt, int kAll, int kCount>
+__device__ __forceinline__ void add(float (&acc)[kAll], float (&part)[kCount], u32 scales) {
+  add<kAt, 0, kCount>(acc, part, scales);
 }
 
 // acc[t] = row tile t of this warpgroup times kN tokens, over all of K. While the matrix unit works
@@ -318,7 +156,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
         pin(first);
       }
       if (at + 1 == kParts && last_half) {
-        release_stage(ring.empty(place.before(ring.size)));
+        release_stage(ring.empty(place.before(ring.size)), read_lane());
       }
       if constexpr (kSecond > 0) {
         add<kFirst / 2>(acc[tile], second, now.scales);
@@ -332,40 +170,68 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
 }
 
 // acc = the row tile of this warpgroup times kN tokens, over all of K: what three warpgroups do, of
-// which two have work for the matrix unit while one scales, adds and decodes.
+// which two have work for the matrix unit while one scales, adds and decodes. Codes of the next
+// scale group are on their way while this one's products are added; there are no registers to
+// decode them.
 template <int kN, class Way>
 __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
                                              Way& from, bool gathered) {
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
-  u32 tid = threadIdx.x;
+  auto wait_stage = [&] {
+    barrier_wait(ring.weights_full(place.slot), place.parity());
+    barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
+    if (gathered) fence_async_proxy();  // then tokens were ordinary writes
+  };
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
+  // Of this thread's codes, 16 bytes, and of its rows' scales, 4 bytes for four threads. `before`:
+  // threads of the warpgroups before.
+  auto codes_at = [&](u32 stage, u32 thread) {
+    const u32 before = thread & ~127u;
+    return stage + kWeightsAt + (thread + before * (kTileBytes / 2048 - 1)) * 16;
+  };
+  auto scales_at = [&](u32 stage, u32 thread) {
+    const u32 before = thread & ~127u;
+    return stage + kScalesAt + (thread & ~3u) + before * (kTileScaleBytes / 128 - 1);
+  };
+  wait_stage();
+  u32 stage = ring.stage(place.slot);
+  Codes codes;
+  load_codes(codes, codes_at(stage, threadIdx.x), scales_at(stage, threadIdx.x), 0, 0);
 #pragma unroll 1
-  for (int i = 0; i < stages; ++i) {
-    const u32 stage = ring.stage(place.slot);
+  for (int left = stages; left > 0; --left) {
     const u64 b = panel_descriptor(stage);
-    if constexpr (Way::kReadsThread) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    const u32 thread = tid & 127, wg = tid >> 7, lane = tid & 31;
-    const u32 w_at = kWeightsAt + wg * kTileBytes + thread * 16;
-    const u32 s_at = kScalesAt + wg * kTileScaleBytes + ((thread >> 5) * 8 + (lane >> 2)) * 4;
-    barrier_wait(ring.weights_full(place.slot), place.parity());
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       Fragment f;
-      load_fragment(f, stage + w_at, stage + s_at, 0, group);
-      if (group == 0) {
-        barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
-        if (gathered) fence_async_proxy();  // then tokens were ordinary writes
-      }
+      decode(f, codes);
+#pragma unroll
+      for (int j = 0; j < kSteps * 4; ++j) f.a[j] = kept(f.a[j]);
       float part[kN / 2];
       issue<kN>(part, f, b, group);
+      const bool last = group + 1 == kGroups;
+      const u32 empty = ring.empty(place.slot);
+      if (last) {
+        place.advance(ring.size);
+        stage = ring.stage(place.slot);
+        if (left > 1) wait_stage();
+      }
       mma_wait<0>();
       pin(part);
-      if (group == kGroups - 1) release_stage(ring.empty(place.slot));
-      add<0>(acc, part, f.scales);
+      const u32 thread = read_thread();  // here, as there is no register to keep it
+      if (last) release_stage(empty, thread & 31);
+      // Half of the products are added before codes come, and take their registers.
+      constexpr int kHalf = kN / 4 / 4 * 4;
+      add<0, 0, kHalf>(acc, part, f.scales);
+      const u32 w = kept(codes_at(stage, thread)), s = kept(scales_at(stage, thread));
+      if (!last || left > 1) {
+        load_codes(codes, w, s, 0, last ? 0 : group + 1);
+      } else {
+        codes = Codes{};  // or the last ones would keep their registers
+      }
+      add<kHalf, kHalf, kN / 2 - kHalf>(acc, part, f.scales);
     }
-    place.advance(ring.size);
   }
   from = place;
 }

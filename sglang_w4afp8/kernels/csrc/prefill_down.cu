@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     give_registers<56>();
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
-      produce_stages(p.weights, p.b, p.b_rows, queue, ring);
+      produce_stages(p.weights, queue, ring, PanelRows{p.b, p.b_rows});
       return;
     }
     if (warp == 1) {

@@ -55,17 +55,6 @@ struct Coming {
   Column column[2];  // the second is 32 further on
 };
 
-// A value that the compiler keeps, and does not work out anew each time, which takes longer.
-template <class T>
-__device__ __forceinline__ T kept(T value) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    asm volatile("" : "+r"(value));
-  }
-  return value;
-}
-
 // kTokenWarps warps take steps in turn: rows of the tokens, where each column's sums are, its
 // weight.
 __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const Shared& s,

@@ -10,6 +10,10 @@
 #pragma once
 #include "primitives.cuh"
 
+// The same value in all lanes, known to the compiler as such: what branches on it keeps addresses
+// and descriptors in uniform registers.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 constexpr int kSpan = W4_K, kLayoutTiles = W4_TILES, kGroup = W4_GROUP, kPerWg = W4_PER_WG;
 constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
 #ifndef W4_CLUSTER
@@ -86,7 +90,6 @@ struct Ring {
 
 // A role's way around the ring.
 struct Place {
-  static constexpr bool kReadsThread = false;
   int slot = 0;
   u32 phase = 0;
   __device__ __forceinline__ void advance(int size) {
@@ -96,10 +99,14 @@ struct Place {
   __device__ __forceinline__ int before(int size) const { return (slot == 0 ? size : slot) - 1; }
   __device__ __forceinline__ u32 parity() const { return phase; }
 };
-// The same where registers are short: the number of the item is in the other bits, and where
-// decoding takes most the loop over K reads its thread's number again, which is a few instructions.
+// A consumer's, with the number of its item.
+struct ItemPlace : Place {
+  int items = 0;
+  __device__ __forceinline__ int number() const { return items; }
+  __device__ __forceinline__ void next_item() { ++items; }
+};
+// The same where registers are short: the number is in the other bits of the phase.
 struct CountingPlace : Place {
-  static constexpr bool kReadsThread = kMinusEight && kGroups == 1;
   __device__ __forceinline__ u32 parity() const { return phase & 1; }
   __device__ __forceinline__ int number() const { return static_cast<int>(phase >> 1); }
   __device__ __forceinline__ void next_item() { phase += 2; }
@@ -136,25 +143,36 @@ struct Reader {
     barrier_wait(ring.queue_bars + slot * 16, (number / kQueue) & 1);
     return queue.item[slot];
   }
-  __device__ __forceinline__ void release(const Ring& ring) {
+  __device__ __forceinline__ void release(const Ring& ring, u32 times = 1) {
     __syncwarp();
     if (kEveryLane || (threadIdx.x & 31) == 0) {
-      barrier_arrive(ring.queue_bars + number % kQueue * 16 + 8);
+      barrier_arrive(ring.queue_bars + number % kQueue * 16 + 8, times);
     }
     ++number;
   }
-  __device__ __forceinline__ Item next(const Queue& queue, const Ring& ring) {
+  // `times`: as how many warps it counts.
+  __device__ __forceinline__ Item next(const Queue& queue, const Ring& ring, u32 times = 1) {
     const Item item = wait(queue, ring);
-    release(ring);
+    release(ring, times);
     return item;
   }
 };
 
 // ---- stages --------------------------------------------------------------------------------------
-// A consumer warp is through with a stage; with a cluster both CTAs' producers must know.
-__device__ __forceinline__ void release_stage(u32 empty) {
-  u32 lane;  // read here, as the loop over K has no register for it
+// Read where they are wanted, as the loops over K have no registers for them.
+__device__ __forceinline__ u32 read_lane() {
+  u32 lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+__device__ __forceinline__ u32 read_thread() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// A consumer warp is through with a stage; with a cluster both CTAs' producers must know.
+__device__ __forceinline__ void release_stage(u32 empty, u32 lane) {
   __syncwarp();
   if constexpr (kCluster == 1) {
     if (kEveryLane || lane == 0) barrier_arrive(empty);
@@ -173,7 +191,7 @@ __device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place) {
   for (int i = 0; i < stages; ++i) {
     barrier_wait(ring.weights_full(place.slot), place.parity());
     for (int h = 0; h < kHalves; ++h) barrier_wait(ring.tokens_full(place.slot, h), place.parity());
-    release_stage(ring.empty(place.slot));
+    release_stage(ring.empty(place.slot), read_lane());
     place.advance(ring.size);
   }
 }
@@ -207,11 +225,11 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
 
 // The register file is the consumers'; producers have addresses only. With four warps beside three
 // consumer warpgroups, 160 and 32 are as many as 152 and 56.
-template <int kRegisters = kWgs == 3 ? 160 : 232>
+template <int kRegisters = kWgs == 3 ? 152 : 232>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-template <int kRegisters = kWgs == 3 ? 32 : 40>
+template <int kRegisters = kWgs == 3 ? 56 : 40>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }

@@ -32,28 +32,31 @@ __device__ void wait_placed(const PrefillRouteParams& p) {
   __syncthreads();
 }
 
-__device__ Place load_place(const PrefillRouteParams& p, int pair) {
-  const u64 v = __ldcg(reinterpret_cast<const u64*>(p.sorted.place + pair));
-  return Place{static_cast<int>(v), static_cast<u32>(v >> 32)};
-}
-
-// One warp, whose lane k has the place of pair k: what prefill_down.cu needs to know of the rows.
-__device__ void describe_owners(const PrefillRouteParams& p, int token, Place place) {
-  const int k = threadIdx.x & 31, pair = token * p.sorted.top_k + k;
-  const u32 ours = __ballot_sync(0xffffffffu, place.row >= 0);
-  const int last = __reduce_max_sync(0xffffffffu, place.row), count = __popc(ours);
-  if (place.row < 0) return;
+// One warp, a lane for every pair of some tokens: what prefill_down.cu needs to know of their rows.
+// `width` lanes a token, a power of two.
+__device__ void describe_owners(const PrefillRouteParams& p, int first, int width) {
+  const int lane = threadIdx.x & 31, k = lane & (width - 1), begin = lane - k;
+  const int token = first + lane / width, pair = token * p.sorted.top_k + k;
+  const bool here = token < p.tokens && k < p.sorted.top_k;
+  const int row = here ? load_place(p.sorted.place, pair).row : -1;
+  const u32 ours = __ballot_sync(0xffffffffu, row >= 0) >> begin & (0xffffffffu >> (32 - width));
+  int last = row;
+  for (int d = width >> 1; d; d >>= 1) last = max(last, __shfl_xor_sync(0xffffffffu, last, d));
+  if (here && k == 0) p.sorted.empty[token] = ours == 0;
+  const int count = __popc(ours);
+  const u32 several = __ballot_sync(0xffffffffu, row >= 0 && count > 1);
+  int slot = 0;
+  if (lane == 0 && several != 0) slot = atomicAdd(p.sorted.slots, __popc(several));
+  slot = __shfl_sync(0xffffffffu, slot, 0) + __popc(several & ((1u << lane) - 1));
+  if (row < 0) return;
   const float weight = p.sorted.weights[pair];
   if (count == 1) {
-    p.sorted.owners[place.row] = Owner{token, pair, __float_as_uint(weight), -1};
+    p.sorted.owners[row] = Owner{token, pair, __float_as_uint(weight), -1};
     return;
   }
-  const int leader = __ffs(ours) - 1, before = __popc(ours & ((1u << k) - 1));
-  int slot = 0;
-  if (k == leader) slot = atomicAdd(p.sorted.slots, count);
-  slot = __shfl_sync(ours, slot, leader) + before;
-  const u32 parts = place.row == last ? count : 0;
-  p.sorted.owners[place.row] = Owner{token, pair, parts, slot};
+  const int before = __popc(ours & ((1u << k) - 1));
+  const u32 parts = row == last ? count : 0;
+  p.sorted.owners[row] = Owner{token, pair, parts, slot};
   const u64 to = static_cast<u64>(last) * p.sorted.most_parts + before;
   p.sorted.parts[to] = Part{slot, weight};
 }
@@ -64,15 +67,10 @@ constexpr int kRowThreads = kThreads / kRows;
 
 __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* amaxes) {
   const int tid = threadIdx.x, token = first + tid / kRowThreads, at = tid % kRowThreads * 8;
-  const bool sorted = p.sorted.place != nullptr;
-  bool here = token < p.tokens;
-  const int k_lane = tid & 31, pair = token * p.sorted.top_k + k_lane;
-  if (sorted && here) {
-    const bool ours = k_lane < p.sorted.top_k && expert_of(p, pair) >= 0;
-    here = __any_sync(0xffffffffu, ours);
-    if (at == 0) p.sorted.empty[token] = !here;
-  }
-  const u16* row = p.x + static_cast<u64>(here ? token : 0) * p.hidden;
+  const bool here = token < p.tokens;
+  const u64 begins = static_cast<u64>(here ? token : 0) * p.hidden;
+  const u16* row = p.x + begins;
+  u8* out = p.xq + begins;
   float scale;
   if (p.a_scale != nullptr) {
     scale = *p.a_scale;
@@ -85,63 +83,54 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
       }
     }
     for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
+    __syncthreads();  // those of other rows have been read
     if ((tid & 31) == 0) amaxes[tid >> 5] = amax;
     __syncthreads();
     const int warps = kRowThreads / 32;
     for (int w = 0; w < warps; ++w) amax = fmaxf(amax, amaxes[tid / kRowThreads * warps + w]);
     scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
   }
-  if (here && at == 0) p.x_scale[token] = scale;
+  if (!here) return;
+  if (at == 0) p.x_scale[token] = scale;
   const float inverse = __frcp_rn(scale);
   constexpr int kTogether = 7;
-  Place mine{-1, 0};  // lane k: of pair k
-  bool in_order = false;
   for (int begin = 0; begin < p.hidden; begin += kTogether * kRowThreads * 8) {
     uint4 v[kTogether];
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       const int column = begin + at + i * kRowThreads * 8;
-      if (here && column < p.hidden) v[i] = *reinterpret_cast<const uint4*>(row + column);
+      if (column < p.hidden) v[i] = *reinterpret_cast<const uint4*>(row + column);
     }
-    if (sorted && begin == 0) {
-      wait_placed(p);  // for all warps of the block, whether they have a row or not
-      if (here && k_lane < p.sorted.top_k) mine = load_place(p, pair);
-      in_order = __ldcg(p.sorted.total) <= p.sorted.room;
-    }
-    if (!here) continue;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const uint2 q = quantize8(v[i], scale, inverse);
-      v[i].x = q.x, v[i].y = q.y;
-    }
-    auto store = [&](auto address) {
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int column = begin + at + i * kRowThreads * 8;
-        if (column < p.hidden) {
-          *reinterpret_cast<uint2*>(address(column)) = make_uint2(v[i].x, v[i].y);
-        }
+      const int column = begin + at + i * kRowThreads * 8;
+      if (column < p.hidden) {
+        *reinterpret_cast<uint2*>(out + column) = quantize8(v[i], scale, inverse);
       }
-    };
-    if (!in_order) {
-      u8* out = p.xq + static_cast<u64>(token) * p.hidden;
-      store([&](int column) { return out + column; });
-      continue;
-    }
-    const int panel = p.sorted.panel, panels = p.hidden / panel;
-    for (u32 left = __ballot_sync(0xffffffffu, mine.row >= 0); left != 0; left &= left - 1) {
-      const int from = __ffs(left) - 1;
-      const int place = __shfl_sync(0xffffffffu, mine.row, from);
-      const u32 number = __shfl_sync(0xffffffffu, mine.column, from);
-      const u32 key = (panel == 128 ? number : number >> 1) * 16;
-      store([&](int column) {
-        const int in_panel = column & (panel - 1);
-        const u64 line = static_cast<u64>(place / kBlockRows * panels + column / panel);
-        return p.xq + (line * kBlockRows + place % kBlockRows) * panel + (in_panel ^ key);
-      });
     }
   }
-  if (sorted && here && tid % kRowThreads < 32) describe_owners(p, token, mine);
+}
+
+// Block `worker` of `workers` behind those that sort: what prefill_down.cu needs, and rows of x: in
+// the order of the list the first ones, if all have room, or all in the order of tokens.
+__device__ void serve_list(const PrefillRouteParams& p, int worker, int workers, float* amaxes) {
+  wait_placed(p);
+  const int warp = worker * kWarps + (threadIdx.x >> 5), warps = workers * kWarps;
+  const int total = __ldcg(p.sorted.total);
+  if (total <= p.sorted.room) {
+    const int rows = min(total, p.sorted.listed.early);
+    for (int row = warp; row < rows; row += warps) write_rows<7>(p.sorted.listed, row, 1);
+  } else {
+    for (int first = worker * kRows; first < p.tokens; first += workers * kRows) {
+      quantize_rows(p, first, amaxes);
+    }
+  }
+  int width = 1;
+  while (width < p.sorted.top_k) width <<= 1;
+  const int together = 32 / width;
+  for (int first = warp * together; first < p.tokens; first += warps * together) {
+    describe_owners(p, first, width);
+  }
 }
 
 __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
@@ -185,6 +174,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     sort_own_part(p, block, *tables, sums, counts, first);
   } else if (block < p.sorters) {
     sort_part(p, block, counts, sums, first);
+  } else if (p.own.columns == nullptr) {
+    serve_list(p, block - p.sorters, gridDim.x - p.sorters, reinterpret_cast<float*>(sums));
   } else if (block < p.sorters + quantizers) {
     quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
   } else {

@@ -1,6 +1,6 @@
 // Of prefill_route.cu: its arguments, and the blocks that sort pairs by expert.
 #pragma once
-#include "prefill_lists.cuh"
+#include "prefill_listed.cuh"
 #include "primitives.cuh"
 
 constexpr int kThreads = 512;
@@ -24,22 +24,17 @@ struct Lists {
   int together;                 // an expert's tiles are a multiple of it; a power of two
 };
 
-// Where a pair is in the list of prefill_down.cu.
-struct Place {
-  int row;     // -1: not this rank's
-  u32 column;  // of its tile, modulo 8
-};
-
 // What prefill_down.cu wants, or place null.
 struct Sorted {
-  Place* place;          // (M, top_k)
+  ListPlace* place;      // (M, top_k)
   Owner* owners;         // (M * top_k)
   Part* parts;           // (M * top_k, most_parts) of rows whose count is more than 1
   int* total;            // (1) pairs
   int* slots;            // (1) slots of y in use
   const float* weights;  // (M, top_k)
   u8* empty;             // (M) whether a token has no pair
-  int room, panel;       // xq: (room / 64, hidden / panel, 64, panel), swizzled, if all pairs fit
+  Listed listed;         // xq, if all pairs fit
+  int room;              // rows of it
   int top_k, most_parts;
 };
 

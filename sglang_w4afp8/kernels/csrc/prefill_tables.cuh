@@ -117,52 +117,18 @@ struct Tables {
 };
 
 // ---- the ring -----------------------------------------------------------------------------------
-// One warp: what produce_tiles does, a lane for a row tile's codes or scales, and lanes behind them
-// for rows of tokens in the order of the list, one for each panel of a stage.
-__device__ __forceinline__ void produce_stages(const Weights& p, const u8* b, int rows,
-                                               const Queue& queue, const Ring& ring) {
-  const int lane = threadIdx.x & 31, tiles = p.rows / 64, stages = p.k / kStageK;
-  constexpr int kBlockTiles = 2 * kLayoutTiles, kPanels = kStageK / kPanel;
-  const bool is_scale = lane >= kRowTiles, is_token = lane >= 2 * kRowTiles;
-  const int mine = is_token ? lane - 2 * kRowTiles : is_scale ? lane - kRowTiles : lane;
-  const u64 row_bytes = is_scale ? p.k / kGroup * 2 : p.k / 2;
-  const u32 tile_bytes = is_scale ? kTileScaleBytes : kTileBytes;
-  const u32 to = is_token ? mine * (kTokens * kPanel)
-                          : (is_scale ? kScalesAt : kWeightsAt) + mine * tile_bytes;
-  Reader reader;
-  Place place;
-  for (;;) {
-    const Item item = reader.next(queue, ring);
-    if (item.kind == kEnd) return;
-    const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
-    const int tile = item.block * kRowTiles + mine;
-    const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
-    const u8* from;
-    u32 bytes, next, next_cut;  // from one stage of the layout to the next, and from cut to cut
-    bool here;
-    if (is_token) {
-      from = b + (static_cast<u64>(mine) * rows + item.first) * kPanel;
-      bytes = item.count * kPanel, next = rows * kStageK, next_cut = next;
-      here = mine < kPanels;
-    } else {
-      from = (is_scale ? p.scales : p.w) + item.expert * (p.rows * row_bytes) +
-             static_cast<u64>(block) * kBlockTiles * 64 * row_bytes +
-             tile % kBlockTiles * (kCuts * tile_bytes);
-      bytes = tile_bytes, next = (beside * kCuts - kCuts + 1) * bytes, next_cut = bytes;
-      here = mine < row_tiles;
-    }
-    for (int step = 0; step < stages; ++step) {
-      const u32 weights = ring.weights_full(place.slot), tokens = ring.tokens_full(place.slot, 0);
-      barrier_wait(ring.empty(place.slot), place.phase ^ 1);
-      if (lane == 0) barrier_expect(weights, row_tiles * (kTileBytes + kTileScaleBytes));
-      if (lane == 1) barrier_expect_all(tokens, item.count * kStageK, kTokenArrivals);
-      __syncwarp();
-      if (here) bulk_copy(ring.stage(place.slot) + to, from, bytes, is_token ? tokens : weights);
-      from += step % kCuts == kCuts - 1 ? next : next_cut;
-      place.advance(ring.size);
-    }
+// Rows of q, (k / kPanel, rows, kPanel): a copy for each panel of a stage.
+struct PanelRows {
+  static constexpr int kCopies = kStageK / kPanel, kReads = 1;
+  const u8* q;
+  int rows;
+  __device__ __forceinline__ void wait(const Item&) const {}
+  __device__ __forceinline__ Copy copy(const Item& item, u32 panel) const {
+    const u8* from = q + (static_cast<u64>(panel) * rows + item.first) * kPanel;
+    return Copy{from, panel * (kTokens * kPanel), static_cast<u32>(item.count * kPanel)};
   }
-}
+  __device__ __forceinline__ u32 next() const { return rows * kStageK; }
+};
 
 // ---- claims, tables, flags ----------------------------------------------------------------------
 // One warp. What it waits for are this CTA's items in their order, of which none needs what comes

@@ -3,6 +3,7 @@
 // See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32
 // and whoever completes a tile quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
+#include "prefill_listed.cuh"
 #include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
@@ -39,6 +40,7 @@ struct PrefillUpParams {
   const u8* empty;       // sorted: (M) whether a token has none
   u16* out;              // sorted: (M, K) bfloat16, of which tokens without a pair are zeroed here
   int room, tokens;      // sorted: rows of b if all pairs have room; M
+  Listed listed;         // sorted
 };
 
 // Where column `column` (a multiple of 4) of a row of q goes. For prefill_own_down.cu q is (panels,
@@ -83,11 +85,37 @@ struct Order {
 };
 
 __shared__ Queue queue;
+// What sums are multiplied by, and products divided by: there are no registers for them while K is
+// gone through.
+__shared__ float b_factor, q_divisor;
 
-// One warp: zeros for those of `count` tokens from `token` on, of each gridDim.x, that have no
-// pair. Returns the next token.
-__device__ __forceinline__ int zero_tokens(const PrefillUpParams& p, int token, int count) {
-  for (int i = 0; i < count && token < p.tokens; ++i, token += gridDim.x) {
+// Rows of x in the order of the list, blocks of kBlockRows: a copy for each piece of a panel. The
+// warp that fills the ring reads items for those that write rows, too.
+struct BlockRows {
+  static constexpr int kPanels = kStageK / kPanel;
+  static constexpr int kPieces = kTokens / kBlockRows + 1;  // of a panel of the item
+  static constexpr int kCopies = kPanels * kPieces, kReads = 3;
+  const u8* x;
+  int k;
+  Written written;
+  __device__ __forceinline__ void wait(const Item& item) { written.wait(item.first + item.count); }
+  __device__ __forceinline__ Copy copy(const Item& item, int number) const {
+    const int panel = number / kPieces, block = item.first / kBlockRows + number % kPieces;
+    const int begin = max(item.first, block * kBlockRows);
+    const int end = min(item.first + item.count, (block + 1) * kBlockRows);
+    const u64 line = static_cast<u64>(block * (k / kPanel) + panel - block) * kBlockRows;
+    const u32 bytes = max(end - begin, 0) * kPanel;
+    const u32 to = (panel * kTokens + begin - item.first) * kPanel;
+    return Copy{x + (line + begin) * kPanel, to, bytes};
+  }
+  __device__ __forceinline__ u32 next() const { return kBlockRows * kStageK; }
+};
+
+// One warp: zeros for those of `count` tokens from `token` on, of each `step`, that have no pair.
+// Returns the next token.
+__device__ __forceinline__ int zero_tokens(const PrefillUpParams& p, int token, int step,
+                                           int count) {
+  for (int i = 0; i < count && token < p.tokens; ++i, token += step) {
     if (p.empty[token] == 0) continue;
     u16* row = p.out + static_cast<u64>(token) * p.weights.k;
     for (int k = (threadIdx.x & 31) * 8; k < p.weights.k; k += 256) {
@@ -96,25 +124,35 @@ __device__ __forceinline__ int zero_tokens(const PrefillUpParams& p, int token, 
   }
   return token;
 }
-// Some with every item: memory has time while the matrix unit is busy.
-__device__ __forceinline__ void zero_beside_items(const PrefillUpParams& p, const Ring& ring) {
-  Reader reader;
-  int token = blockIdx.x;
-  while (reader.next(queue, ring).kind != kEnd) token = zero_tokens(p, token, 8);
-  zero_tokens(p, token, p.tokens);
+// Warp `part` of two: rows of x, and some zeros with each unit of them.
+__device__ __forceinline__ void write_beside(const PrefillUpParams& p, int part) {
+  const int step = 2 * gridDim.x;
+  int token = blockIdx.x * 2 + part;
+  write_listed(p.listed, *p.total, [&] { token = zero_tokens(p, token, step, 8); });
+  zero_tokens(p, token, step, p.tokens);
 }
+
+template <bool kShort>
+struct WayOf {
+  using type = ItemPlace;
+};
+template <>
+struct WayOf<true> {
+  using type = CountingPlace;
+};
+using Way = WayOf<kWgs == 3>::type;
 
 struct UpBody {
   const PrefillUpParams& p;
   const Ring& ring;
   u8* gather;      // of this warpgroup
   u32* flag;
-  float b_scale, q_scale, q_inverse;
-  Reader reader;
-  Place place;
+  Way place;
 
   // Read again after the loop over K.
-  __device__ __forceinline__ const Item& item() const { return queue.item[reader.number % kQueue]; }
+  __device__ __forceinline__ const Item& item() const {
+    return queue.item[place.number() % kQueue];
+  }
 
   template <int kN>
   __device__ __forceinline__ void run() {
@@ -135,6 +173,9 @@ struct UpBody {
     const int row_tile = (item().block * kWgs + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
+    const float b_scale = __uint_as_float(lds32(smem_address(&b_factor)));
+    const float q_scale = __uint_as_float(lds32(smem_address(&q_divisor)));
+    const float q_inverse = __frcp_rn(q_scale);
 #pragma unroll
     for (int i = 0; i < kN / 2; i += 4) {
 #pragma unroll
@@ -208,41 +249,46 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   pdl_wait();
   pdl_trigger();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
+  if (threadIdx.x == 0) {
+    b_factor = kDynamic ? 0.0f : *p.b_scale * 512.0f;
+    q_divisor = kDynamic ? 1.0f : *p.q_scale;
+  }
+  __syncthreads();
   if (threadIdx.x >= kConsumers) {
     give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;
-    if (warp == 0) {
-      if constexpr (kWgs == 3) {
-        produce_tiles(p.weights, queue, ring);
-      } else {
-        produce_weights(p.weights, queue, ring);
-      }
-    } else if (warp == 1) {
+    const bool listed = kSorted && *p.total <= p.room;
+    if (warp == 1) {
       if ((threadIdx.x & 31) != 0) return;
       Order order{p};
       claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
-    } else if (kSorted && *p.total <= p.room) {
+    } else if (listed) {
       if constexpr (kSorted) {
-        if (warp == 2) {
-          produce_rows(p.b, p.weights.k, queue, ring);
+        if (warp == 0) {
+          const Written written = Written::of(p.listed, *p.total);
+          produce_stages(p.weights, queue, ring, BlockRows{p.b, p.weights.k, written});
         } else {
-          zero_beside_items(p, ring);
+          write_beside(p, warp - 2);
         }
+      }
+    } else if (warp == 0) {
+      if constexpr (kWgs == 3) {
+        produce_stages(p.weights, queue, ring, NoRows{});
+      } else {
+        produce_weights(p.weights, queue, ring);
       }
     } else {
       produce_tokens(p.b, p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2,
                      [&](int pair) { return static_cast<u32>(pair / p.top_k); });
-      if (kSorted && warp == 3) zero_tokens(p, blockIdx.x, p.tokens);
+      if (kSorted && warp == 3) zero_tokens(p, blockIdx.x, gridDim.x, p.tokens);
     }
     return;
   }
   take_registers();
-  const float b_scale = kDynamic ? 0.0f : *p.b_scale * 512.0f;
-  const float q_scale = kDynamic ? 1.0f : *p.q_scale;
-  UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), b_scale, q_scale,
-              __frcp_rn(q_scale), Reader{}, Place{}};
+  UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), Way{}};
   for (;;) {
-    const Item& item = body.reader.wait(queue, ring);
+    Reader reader{body.place.number()};
+    const Item& item = reader.wait(queue, ring);
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
     const bool idle = kWgs == 3 && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
@@ -251,7 +297,8 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     } else {
       with_columns(item.count, body);
     }
-    body.reader.release(ring);
+    Reader{body.place.number()}.release(ring);
+    body.place.next_item();
   }
   if constexpr (kCluster > 1) cluster_sync();  // the other CTA may still arrive here
 }

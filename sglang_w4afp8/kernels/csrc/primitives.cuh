@@ -8,6 +8,17 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// A value that the compiler keeps, and does not work out anew each time, which takes longer.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
+}
+
 constexpr float kFp8Max = 448.0f;  // largest finite E4M3 value
 
 __device__ __forceinline__ u32 smem_address(const void* p) {
@@ -120,6 +131,16 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Whether this is the one lane of a whole warp that is chosen, always the same one. The compiler knows
+// that it is one, and need not copy to shared memory for each lane that might be there.
+__device__ __forceinline__ bool chosen() {
+  u32 is;
+  asm volatile(
+      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(is));
+  return is != 0;
+}
+
 // ---- copies -------------------------------------------------------------------------------------
 // Weights are read once per step and should not push activations out of L2.
 __device__ __forceinline__ u64 evict_first_policy() {
@@ -171,6 +192,10 @@ __device__ __forceinline__ void async_copy_arrive(u32 bar) {
 // Ordinary writes to shared memory seen so far become visible to the matrix unit's own reads.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The same for memory: what this thread has written there, or sees written, and bulk copies.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 __device__ __forceinline__ uint4 lds128(u32 address) {
@@ -250,6 +275,28 @@ __device__ __forceinline__ float divide(float a, float b, float inverse) {
   const float q = a * inverse;
   const float better = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
   return fabsf(q) < 1e30f ? better : q;  // an overflown quotient has no remainder
+}
+// What many numbers are divided by, in two instructions each: 1 / b with 48 bits, in two parts. A
+// quotient with few bits, which E4M3 may have to round to even, is exact. `low` is not zero or
+// negative, so that an infinite quotient stays what it is.
+struct Divisor {
+  float high, low;
+  __device__ __forceinline__ static Divisor of(float b) {
+    const float high = __frcp_rz(b);
+    return Divisor{high, fmaxf(__fmaf_rn(-high, b, 1.0f) * high, high * 0x1p-60f)};
+  }
+};
+__device__ __forceinline__ float divide(float a, Divisor by) {
+  return __fmaf_rn(a, by.high, a * by.low);
+}
+__device__ __forceinline__ uint2 quantize8(uint4 v, Divisor by) {
+  const u32 w[4] = {v.x, v.y, v.z, v.w};
+  u32 q[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    q[i] = pack_e4m3(divide(bf16_low(w[i]), by), divide(bf16_high(w[i]), by));
+  }
+  return make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
 }
 // Eight BF16 values over a scale, as E4M3.
 __device__ __forceinline__ uint2 quantize8(uint4 v, float scale, float inverse) {

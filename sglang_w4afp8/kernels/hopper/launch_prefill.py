@@ -11,6 +11,7 @@ from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
 from sglang_w4afp8.kernels.hopper.plan_own import own_steps
 from sglang_w4afp8.kernels.hopper.plan_prefill import (
+    BLOCK_ROWS,
     DONE_TILES,
     OWNER_BYTES,
     PART_BYTES,
@@ -22,7 +23,7 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
 class _Weights(ctypes.Structure):
-    """``Weights`` in prefill.cuh."""
+    """``Weights`` in prefill_produce.cuh."""
 
     _fields_ = (("w", _P), ("scales", _P), ("rows", _I), ("k", _I))
 
@@ -45,12 +46,22 @@ class _Own(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Listed(ctypes.Structure):
+    """``Listed`` in prefill_listed.cuh."""
+
+    _fields_ = (
+        ("x", _P), ("a_scale", _P), ("columns", _P), ("place", _P), ("xq", _P), ("x_scale", _P),
+        ("claimed", _P), ("written", _P), ("hidden", _I), ("panel", _I), ("top_k", _I),
+        ("early", _I),
+    )  # fmt: skip
+
+
 class _Sorted(ctypes.Structure):
     """``Sorted`` in prefill_sort.cuh."""
 
     _fields_ = (
         ("place", _P), ("owners", _P), ("parts", _P), ("total", _P), ("slots", _P),
-        ("weights", _P), ("empty", _P), ("room", _I), ("panel", _I), ("top_k", _I),
+        ("weights", _P), ("empty", _P), ("listed", _Listed), ("room", _I), ("top_k", _I),
         ("most_parts", _I),
     )  # fmt: skip
 
@@ -77,6 +88,7 @@ class _UpParams(ctypes.Structure):
         ("claimed", _P), ("tile_count", _P), ("arrived", _P), ("top_k", _I),
         ("lists", _I), ("list_pairs", _I), ("max_tiles", _I), ("ring", _I),
         ("q_rows", _I), ("total", _P), ("empty", _P), ("out", _P), ("room", _I), ("tokens", _I),
+        ("listed", _Listed),
     )  # fmt: skip
 
 
@@ -122,7 +134,9 @@ def launches_prefill(
     done, left = 3, 3 + (0 if own else -(-tiles // DONE_TILES) * blocks)
     finished = left + (0 if own else blocks)
     handed = finished + (tiles if dynamic else 0)
-    zeros = handed + (plan.jobs.places if plan.jobs else 0)
+    # Units of rows of x, and the rows of each block of them
+    rows = handed + (plan.jobs.places if plan.jobs else 0)
+    zeros = rows + (0 if own else 1 + plan.room // BLOCK_ROWS)
     xq_bytes = max(tokens, plan.room) * layer.hidden
     sum_bytes = plan.jobs.sum_bytes if plan.jobs else 0
     over_xq = sum_bytes <= xq_bytes  # nobody needs it any more
@@ -163,7 +177,7 @@ def launches_prefill(
         plan.up.max_tiles, plan.up.together,
     )  # fmt: skip
     claimed, arrived = at["zeros"], t.counters.data_ptr()
-    down_lists, for_own, for_sorted = _Lists(), _Own(), _Sorted()
+    down_lists, for_own, for_sorted, listed = _Lists(), _Own(), _Sorted(), _Listed()
     if own:
         down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
         for_own = _Own(
@@ -172,10 +186,14 @@ def launches_prefill(
             t.w2_scale[0].numel(), top_k,
         )  # fmt: skip
     else:
+        listed = _Listed(
+            t.x.data_ptr(), pointer(t.w13_input_scale), at["columns"], at["place"], at["xq"],
+            at["x_scale"], claimed + 4 * rows, claimed + 4 * rows + 4, layer.hidden,
+            plan.panel[0], top_k, plan.early,
+        )  # fmt: skip
         for_sorted = _Sorted(
             at["place"], at["owners"], at["parts"], at["total"], at["total"] + 4,
-            t.topk_weights.data_ptr(), at["empty"], plan.room, plan.panel[0],
-            top_k, plan.most_parts,
+            t.topk_weights.data_ptr(), at["empty"], listed, plan.room, top_k, plan.most_parts,
         )  # fmt: skip
     route_parameters = _RouteParams(
         t.x.data_ptr(), t.topk_ids.data_ptr(), at["xq"], at["x_scale"],
@@ -193,7 +211,7 @@ def launches_prefill(
         at["row_scale"], at["inner"], claimed,
         claimed + 4 * finished, arrived, top_k, plan.up.count, plan.up.tokens * top_k,
         plan.up.max_tiles, up.ring, q_rows, at["total"], at["empty"], out.data_ptr(),
-        plan.room, tokens,
+        plan.room, tokens, listed,
     )  # fmt: skip
     w2 = _Weights(t.w2.data_ptr(), t.w2_scale.data_ptr(), layer.hidden, layer.inner)
     q_scale = at["row_scale"] if dynamic else pointer(t.w2_input_scale)

@@ -61,6 +61,9 @@ DONE_TILES = 32
 """Tiles of which a word says whether their contributions to a block are there."""
 BLOCK_ROWS = 64
 """Rows of x in the order of the list lie in blocks of so many."""
+EARLY_ROUNDS = 2
+"""Items of each CTA of gate and up whose rows of x are there when it begins. Two of its warps write
+the others as it goes."""
 UP_LIST_PAIRS = 131_072
 """Pairs of a list of gate and up: the longer, the fuller are its tiles."""
 CLUSTER = 2
@@ -88,6 +91,7 @@ class PrefillPlan:
         up: lists of gate and up.
         down: lists of down, and of the sums.
         room: rows of x in the order of the list; 0 where CTAs own outputs (prefill_own_down.cu).
+        early: rows of them that route writes; up writes the others.
         panel: columns of a panel of x then, and of one of q.
         most_parts: contributions to a token for which there is room; even.
         slice_bytes: contributions in memory.
@@ -100,6 +104,7 @@ class PrefillPlan:
     up: Lists
     down: Lists
     room: int = 0
+    early: int = 0
     panel: tuple[int, int] = (0, 0)
     most_parts: int = 0
     slice_bytes: int = 0
@@ -190,11 +195,9 @@ def most_prefill_tokens(layer: Layer, sms: int) -> int:
     return lists // OWN_CLUSTERS[0] * OWN_CLUSTERS[0] * most
 
 
-def _route(tokens: int, sorters: int, experts: int) -> Launch:
-    """``experts``: whose scales are looked through, a CTA each; 0 where CTAs own no outputs."""
+def _route(ctas: int, shared: int = 0) -> Launch:
     kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
-    grid = (sorters + -(-tokens // ROUTE_ROWS) + experts, 1)
-    return Launch(kernel, grid, ROUTE_THREADS, OWN_SORT_BYTES if experts else 0)
+    return Launch(kernel, (ctas, 1), ROUTE_THREADS, shared)
 
 
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
@@ -216,7 +219,8 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         sorters = -(-tokens // part_tokens)
         return PrefillPlan(
             launches=(
-                _route(tokens, sorters, layer.experts),
+                # The last ones look through an expert's scales each.
+                _route(sorters + -(-tokens // ROUTE_ROWS) + layer.experts, OWN_SORT_BYTES),
                 _own_up(layer, sms, cluster, 64 if layer.inner % 128 else 128),
                 launch,
             ),
@@ -242,10 +246,13 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     lists = Lists(1, tokens, most_tiles, sorters)
     most_parts = layer.top_k + layer.top_k % 2
     block_bytes = pairs * BLOCK_BYTES
-    blocks = -(-layer.hidden // (SORTED_WARPGROUPS * ROW_TILE))
+    blocks, up_blocks = (
+        -(-rows // (SORTED_WARPGROUPS * ROW_TILE)) for rows in (layer.hidden, layer.up.rows)
+    )
+    early = -(-EARLY_ROUNDS * sms // up_blocks) * TILE_TOKENS
     return PrefillPlan(
         launches=(
-            _route(tokens, sorters, 0),
+            _route(sorters + min(-(-tokens // ROUTE_ROWS), 2 * sms)),
             _sorted_matrix(layer, sms, True, most_parts),
             _sorted_matrix(layer, sms, False, most_parts),
         ),
@@ -254,6 +261,7 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
         up=lists,
         down=lists,
         room=-(-min(pairs, int(tokens * ROOM)) // BLOCK_ROWS) * BLOCK_ROWS,
+        early=early,
         panel=(_panel(layer.up.stage_k), _panel(layer.down.stage_k)),
         most_parts=most_parts,
         slice_bytes=min(blocks * block_bytes, max(2 * block_bytes, SLICE_BYTES)),
