@@ -1,5 +1,5 @@
-// What the two matrix kernels of the prefill path share: the loop over K, and who fills the ring for it
-// (prefill_produce.cuh).
+// What the two matrix kernels of the prefill path share: the loop over K. Who fills the ring for it:
+// prefill_produce.cuh.
 //
 // A work item is a tile of at most 128 tokens of one expert times 128 or 256 rows of weights for two
 // consumer warpgroups, 192 for three, each with W4_PER_WG row tiles of 64 rows; all see the same

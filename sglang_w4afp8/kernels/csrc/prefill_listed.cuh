@@ -133,7 +133,10 @@ struct Written {
       u32 seen = 0;
       do {
         if (rows > 0) {
-          asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(p.written + block) : "memory");
+          asm volatile("ld.acquire.gpu.u32 %0, [%1];"
+                       : "=r"(seen)
+                       : "l"(p.written + block)
+                       : "memory");
         }
       } while (!__all_sync(0xffffffffu, seen >= static_cast<u32>(rows)));
     }

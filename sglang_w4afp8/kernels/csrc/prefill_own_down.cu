@@ -6,8 +6,9 @@
 // weight, to its token's sum in shared memory: nothing but the output is written to memory, and the
 // sums of jobs in parts; results do not depend on timing. Sums are FP16, so that there is room for
 // many tokens, times a power of two for each token which keeps them finite as long as they are
-// bound by 2^115 (describe_sums). Weights would be read once for every list, so W4_CLUSTER CTAs with different lists and the same rows form
-// a cluster and a stage of weights is sent to all of them.
+// bound by 2^115 (describe_sums). Weights would be read once for every list, so W4_CLUSTER CTAs
+// with different lists and the same rows form a cluster and a stage of weights is sent to all of
+// them.
 //
 // Warpgroups take experts in turn. While one adds, the others load, decode and multiply: warp w of
 // every warpgroup adds to the same 16 outputs, and they pass the right to do so on, expert by

@@ -132,6 +132,7 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& qu
           }
         }
       }
+      __syncwarp();  // a lane that fell a round behind could not tell the phases apart
       const bool last_cut = step % kCuts == kCuts - 1;
 #pragma unroll
       for (int t = 0; t < kRowTiles; ++t) {

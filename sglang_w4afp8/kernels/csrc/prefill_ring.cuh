@@ -1,5 +1,5 @@
 // The ring of stages that the matrix kernels of the prefill path share: its sizes and barriers, the
-// items that are worked on, and who claims them. What travels through it: prefill.cuh.
+// items that are worked on, and who claims them. What travels through it: prefill_produce.cuh.
 //
 // With W4_CLUSTER=2 two CTAs work on two tiles of an expert at a time, with the same weights: each
 // copies half of a stage's weights to both. They go in step, as a stage is copied to again when

@@ -1,6 +1,6 @@
 // Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 //
-// See prefill.cuh. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32
+// See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32
 // and whoever completes a tile quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
 #include "prefill_listed.cuh"

@@ -39,7 +39,8 @@ OWN_NOBODY = 4
 OWN_MOST_PARTS = 2
 """CTAs that work on one of the last jobs; with the cost of a part, more never end sooner."""
 OWN_PART_COST = 0.25
-"""Of a part more, in jobs: describing it, handing its sums over. From times on an H100."""
+"""Of a part more, in jobs: describing it, handing its sums over. From times on an H100, of which no
+file was kept."""
 OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
 """Slots for tokens, and the warps that fill them: a slot has always the same one."""
 
