@@ -247,6 +247,14 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
     case 5: return body.template run<80>();
     case 6: return body.template run<96>();
     case 7: return body.template run<112>();
-    default: return body.template run<128>();
+    case 8: return body.template run<128>();
+  }
+  if constexpr (kTokens > 128) {
+    switch ((uniform(count) + 15) / 16) {
+      case 9: return body.template run<144>();
+      case 10: return body.template run<160>();
+      case 11: return body.template run<176>();
+      default: return body.template run<192>();
+    }
   }
 }

@@ -97,7 +97,7 @@ struct Adder {
 
   __device__ __forceinline__ static Adder of(const PrefillDownParams& p, const Slices& slices,
                                              u32 memory) {
-    const u32 pairs = memory + kCells * kRowBytes;
+    const u32 pairs = memory + kStreams * kCells * kRowBytes;
     return Adder{p, slices, memory, pairs, pairs + kMostPairs * 16};
   }
 
@@ -112,7 +112,8 @@ struct Adder {
       next = claim();
       wait_tiles(item);
       for (int first = 0; first < item.count; first += 32) {
-        add_up(item, find(item, first));
+        const Found found = find(item, first);
+        add_up(item, found);
       }
       __syncwarp();  // all lanes have what they asked for
       if (slices.count() > 2 && lane == 0) {
@@ -141,8 +142,12 @@ struct Adder {
   }
 
   // Contributions to those of 32 columns that are the last of their tokens, two at a time: where
-  // each is in y, and its weight; behind a token's last two, which token it is. Returns how many.
-  __device__ __forceinline__ int find(const Item& item, int first) {
+  // each is in y, and its weight; behind a token's last two, which token it is. Returns how many
+  // pairs there are, and how many of them are of the first 16 columns.
+  struct Found {
+    int half, all;
+  };
+  __device__ __forceinline__ Found find(const Item& item, int first) {
     const int lane = threadIdx.x & 31, row = item.first + first + lane;
     int count = 0, token = 0;
     if (first + lane < item.count) {
@@ -167,22 +172,27 @@ struct Adder {
       sts32(tokens + i * 4, i + 1 == end ? token : ~0u);
     }
     __syncwarp();
-    return __shfl_sync(0xffffffffu, end, 31);
+    return Found{__shfl_sync(0xffffffffu, end, 15), __shfl_sync(0xffffffffu, end, 31)};
   }
   __device__ __forceinline__ u32 weigh(u32 weight) const {
     return __float_as_uint(__uint_as_float(weight) * p.factor);
   }
 
-  // Eight lanes for each row tile. Contributions are asked for kCells / 2 pairs ahead.
-  __device__ __forceinline__ void add_up(const Item& item, int count) {
-    const int lane = threadIdx.x & 31;
+  // Eight lanes for each row tile, and half a warp for half of the columns. Contributions are asked
+  // for kCells / 2 pairs ahead.
+  __device__ __forceinline__ void add_up(const Item& item, Found found) {
+    const int half = threadIdx.x >> 4 & 1, lane = threadIdx.x & 15;
     if (lane >= row_tiles_of(p, item.block) * 8) return;
+    const int begin = half == 0 ? 0 : found.half;
+    const int count = half == 0 ? found.half : found.all - found.half;
+    const u32 cells = this->cells + half * (kCells * kRowBytes) + lane * 16;
+    const u32 pairs = this->pairs + begin * 16, tokens = this->tokens + begin * 4;
     const u8* y = slices.buffer(p.y, item.slice, item.block) + lane * 16;
     constexpr int kPairs = kCells / 2;
     auto ask = [&](int i) {
       if (i < count) {
         const uint4 two = lds128(pairs + i * 16);
-        const u32 cell = cells + i % kPairs * (2 * kRowBytes) + lane * 16;
+        const u32 cell = cells + i % kPairs * (2 * kRowBytes);
         async_copy16(cell, y + static_cast<u64>(two.x) * kRowBytes);
         if (two.w != 0) async_copy16(cell + kRowBytes, y + static_cast<u64>(two.z) * kRowBytes);
       }
@@ -194,7 +204,7 @@ struct Adder {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       async_copy_wait<kPairs - 1>();
-      const u32 cell = cells + i % kPairs * (2 * kRowBytes) + lane * 16;
+      const u32 cell = cells + i % kPairs * (2 * kRowBytes);
       const uint4 two = lds128(pairs + i * 16), v0 = lds128(cell), v1 = lds128(cell + kRowBytes);
       const int token = static_cast<int>(lds32(tokens + i * 4));
       sum(total, v0, __uint_as_float(two.y));
@@ -231,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   pdl_trigger();
   const Slices slices = Slices::of(p);
   if (threadIdx.x >= kConsumers) {
-    give_registers<56>();
+    give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
       produce_stages(p.weights, queue, ring, PanelRows{p.b, p.b_rows});
@@ -244,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  take_registers<152>();
+  take_registers();
   DownBody body{p, ring, tables, CountingPlace{}};
   for (;;) {
     Reader reader{body.place.number()};

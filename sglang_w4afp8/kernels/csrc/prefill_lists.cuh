@@ -16,4 +16,4 @@ struct Part {
 
 // Tokens in the order of the list lie in blocks of so many rows, all columns of a block together: a
 // row that is written does not touch as many pages as it has panels.
-constexpr int kBlockRows = 64;
+constexpr int kBlockRows = 256;

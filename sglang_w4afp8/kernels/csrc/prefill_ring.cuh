@@ -24,11 +24,16 @@ constexpr int kCluster = W4_CLUSTER;
 #define W4_WGS 2
 #endif
 constexpr int kWgs = W4_WGS;
-constexpr int kTokens = 128;
+// Whether tokens are in the order of the list, if all of them have room (prefill_sort.cuh, Sorted).
+#ifndef W4_SORTED
+#define W4_SORTED 0
+#endif
+constexpr bool kSorted = W4_SORTED != 0;
+constexpr int kTokens = kSorted ? 192 : 128;  // most of a tile
 // With two warpgroups a stage of the ring is a stage of the layout: its weights come in one or two
 // large copies, as many small ones do not fill the memory's bandwidth. Tokens come in halves of 128
 // columns. With three a stage of the layout is cut into stages of 128 columns.
-constexpr int kCuts = kWgs == 3 && kSpan == 256 ? 2 : 1;
+constexpr int kCuts = kSorted && kSpan == 256 ? 2 : 1;
 constexpr int kStageK = kSpan / kCuts;
 constexpr int kHalves = kStageK == 256 ? 2 : 1;
 constexpr int kK = kStageK / kHalves;
@@ -54,7 +59,8 @@ constexpr int kThreads = kConsumers + 128;
 constexpr int kQueue = 4;  // slots for items that are claimed
 constexpr int kTokenArrivals = 64;  // of a half: the lanes of two warps
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
-static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || kWgs == 2), "");
+static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || !kSorted), "");
+static_assert(!kSorted || kPerWg == 1, "");
 
 // The list of one batch of pairs, sorted by expert (prefill_route.cu).
 struct Tile {
@@ -223,13 +229,13 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
   return ring;
 }
 
-// The register file is the consumers'; producers have addresses only. With four warps beside three
-// consumer warpgroups, 160 and 32 are as many as 152 and 56.
-template <int kRegisters = kWgs == 3 ? 152 : 232>
+// The register file is the consumers'; producers have addresses only. A CTA begins with 168 for each
+// of 384 threads: who takes more than others give waits for ever.
+template <int kRegisters = kSorted ? 224 : 232>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-template <int kRegisters = kWgs == 3 ? 56 : 40>
+template <int kRegisters = kSorted ? 56 : 40>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }

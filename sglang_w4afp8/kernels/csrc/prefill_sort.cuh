@@ -6,7 +6,6 @@
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxExperts = 512;
-constexpr int kTokens = 128;  // most of a tile
 constexpr int kMine = 8;      // pairs of a sorting thread
 constexpr int kPart = kThreads * kMine;  // most pairs of a part
 static_assert(kPart == 4096, "");
@@ -22,6 +21,7 @@ struct Lists {
   int* first;    // (count, kMaxExperts + 1) where experts' columns begin: instead of tiles, or null
   int count, parts, max_tiles;  // a list has `parts` parts, the last may have fewer pairs
   int together;                 // an expert's tiles are a multiple of it; a power of two
+  int tile_tokens;              // most of a tile; a multiple of 16
 };
 
 // What prefill_down.cu wants, or place null.
@@ -102,7 +102,7 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
     tokens += n;
   }
   // Tiles of equal size, in steps of 16 columns; the last may be left without tokens.
-  const int least = (tokens + kTokens - 1) / kTokens;
+  const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + 15) / 16 * 16 : 0;
   int pair_sum = tokens, tile_sum = tiles;

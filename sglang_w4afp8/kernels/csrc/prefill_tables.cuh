@@ -14,10 +14,11 @@ constexpr int kOutStride = kRowBytes + 16;
 constexpr int kOutBytes = kTokens * kOutStride;
 constexpr int kAdders = 2;
 constexpr int kAhead = 1;   // items that are known before the first one begins
-constexpr int kCells = 12;  // contributions that an adder has asked for
+constexpr int kStreams = 2;  // halves of an adder, each with columns of its own
+constexpr int kCells = 12;   // contributions that a half has asked for
 constexpr int kMostPairs = 32 * (kMostParts / 2);  // of contributions to 32 tokens
-constexpr int kAdderBytes = kCells * kRowBytes + kMostPairs * 20;
-static_assert(kWgs == 3 && kPerWg == 1 && kMostParts % 2 == 0, "");
+constexpr int kAdderBytes = kStreams * kCells * kRowBytes + kMostPairs * 20;
+static_assert(kSorted && kWgs == 2 && kMostParts % 2 == 0, "");
 
 struct PrefillDownParams {
   Weights weights;

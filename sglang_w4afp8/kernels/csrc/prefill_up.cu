@@ -8,13 +8,6 @@
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
-// Whether q is in the order of the list, and so are tokens if all of them have room
-// (prefill_sort.cuh, Sorted).
-#ifndef W4_SORTED
-#define W4_SORTED 0
-#endif
-constexpr bool kSorted = W4_SORTED != 0;
-static_assert(!kSorted || kWgs == 3, "");
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
 constexpr int kGatherBytes = kTokens * kPitch;
@@ -140,7 +133,7 @@ template <>
 struct WayOf<true> {
   using type = CountingPlace;
 };
-using Way = WayOf<kWgs == 3>::type;
+using Way = WayOf<kSorted>::type;
 
 struct UpBody {
   const PrefillUpParams& p;
@@ -157,7 +150,7 @@ struct UpBody {
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kPerWg][kN / 2];
-    if constexpr (kWgs == 3) {
+    if constexpr (kSorted) {
       multiply_one<kN>(acc[0], p.weights.k / kStageK, ring, place, *p.total > p.room);
     } else {
       multiply<kN>(acc, p.weights.k / kSpan, ring, place);
@@ -224,7 +217,7 @@ struct UpBody {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
     const int row_tiles = p.weights.rows / 64;
     // A warpgroup of three without a row tile has nothing to do with the item.
-    const int arrivals = kWgs == 3 ? row_tiles : kWgs * ((row_tiles + kRowTiles - 1) / kRowTiles);
+    const int arrivals = kSorted ? row_tiles : kWgs * ((row_tiles + kRowTiles - 1) / kRowTiles);
     if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
     for (int c = thread >> 5; c < item().count; c += 4) {
       const u64 pair = pairs[c];
@@ -272,7 +265,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
         }
       }
     } else if (warp == 0) {
-      if constexpr (kWgs == 3) {
+      if constexpr (kSorted) {
         produce_stages(p.weights, queue, ring, NoRows{});
       } else {
         produce_weights(p.weights, queue, ring);
@@ -291,7 +284,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     const Item& item = reader.wait(queue, ring);
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
-    const bool idle = kWgs == 3 && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
+    const bool idle = kSorted && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
     if ((kCluster > 1 && uniform(item.count) == 0) || uniform(idle)) {
       pass(p.weights.k / kStageK, ring, body.place);
     } else {

@@ -33,7 +33,7 @@ class _Lists(ctypes.Structure):
 
     _fields_ = (
         ("tiles", _P), ("header", _P), ("columns", _P), ("first", _P), ("count", _I),
-        ("parts", _I), ("max_tiles", _I), ("together", _I),
+        ("parts", _I), ("max_tiles", _I), ("together", _I), ("tile_tokens", _I),
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def launches_prefill(
 
     up_lists = _Lists(
         at["tiles"], at["header"], at["columns"], None, plan.up.count, plan.up.parts,
-        plan.up.max_tiles, plan.up.together,
+        plan.up.max_tiles, plan.up.together, plan.up.tile_tokens,
     )  # fmt: skip
     claimed, arrived = at["zeros"], t.counters.data_ptr()
     down_lists, for_own, for_sorted, listed = _Lists(), _Own(), _Sorted(), _Listed()

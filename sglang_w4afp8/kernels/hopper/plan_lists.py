@@ -23,6 +23,7 @@ class Lists:
         tokens: of a list; the last may have fewer.
         max_tiles: room for tiles in a list.
         together: an expert has a multiple of so many tiles, the last perhaps without tokens.
+        tile_tokens: most of a tile.
         parts: CTAs of route that sort a list; the last list may need fewer.
     """
 
@@ -31,6 +32,7 @@ class Lists:
     max_tiles: int
     parts: int
     together: int = 1
+    tile_tokens: int = TILE_TOKENS
 
     @classmethod
     def of(

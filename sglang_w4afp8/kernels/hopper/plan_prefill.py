@@ -39,9 +39,11 @@ ROUTE_ROWS = 4
 QUEUE = 4
 """Slots for the items that a CTA has claimed."""
 STAGE_BARRIER_BYTES = 32
-SORTED_WARPGROUPS = 3
-"""Consumers where tokens are in the order of the list: a row tile each, so that two have work for
-the matrix unit while one scales and adds."""
+SORTED_WARPGROUPS = 2
+"""Consumers where tokens are in the order of the list: a row tile each, so that one has work for
+the matrix unit while the other scales and adds."""
+SORTED_TOKENS = 192
+"""Most tokens of a tile there: decoding weights is paid for each tile."""
 SORTED_THREADS = (SORTED_WARPGROUPS + 1) * 128
 SORTED_STAGE_K = 128
 ROOM = 2.5
@@ -52,14 +54,14 @@ SLICE_BYTES = 160 * 2**20
 BLOCK_BYTES = SORTED_WARPGROUPS * 128
 """Contributions of a pair to a block."""
 OWNER_BYTES, PART_BYTES = 16, 8
-ADDERS, CELLS = 2, 12
+ADDERS, CELLS = 2, 24
 """Warps of down that add up beside others, and the contributions that each has asked for: they come
 to shared memory."""
 PAIR_BYTES = 20
 """Of shared memory for two contributions to a token."""
 DONE_TILES = 32
 """Tiles of which a word says whether their contributions to a block are there."""
-BLOCK_ROWS = 64
+BLOCK_ROWS = 256
 """Rows of x in the order of the list lie in blocks of so many."""
 EARLY_ROUNDS = 2
 """Items of each CTA of gate and up whose rows of x are there when it begins. Two of its warps write
@@ -134,11 +136,13 @@ def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _ring(layer: Layer, up: bool, stage_k: int, row_tiles: int, room: int) -> tuple[int, int]:
+def _ring(
+    layer: Layer, up: bool, stage_k: int, row_tiles: int, tokens: int, room: int
+) -> tuple[int, int]:
     """Stages that fit into ``room`` bytes, and the bytes that they take."""
     group = layer.group if up else layer.inner_group
     weights = row_tiles * (stage_k * 32 + stage_k // group * 128)
-    stage = -(-(weights + TILE_TOKENS * stage_k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
+    stage = -(-(weights + tokens * stage_k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
     ring = min(MAX_RING, room // stage)
     return ring, ring * stage
 
@@ -151,7 +155,8 @@ def _own_up(layer: Layer, sms: int, cluster: int, panel: int) -> Launch:
     per_wg = 2 if row_tiles % 4 == 0 or row_tiles > 12 else 1
     static = 2 * TILE_TOKENS * (per_wg * 32 + 16) + 1024  # rows of features are gathered
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES
-    ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, CTA_SHARED_BYTES - static - fixed)
+    room = CTA_SHARED_BYTES - static - fixed
+    ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, TILE_TOKENS, room)
     more = (("W4_PER_WG", per_wg), ("W4_PANEL", panel))
     clusters = (("W4_CLUSTER", cluster),) if cluster > 1 else ()
     kernel = Kernel("prefill_up.cu", "w4a8_prefill_up", _defines(layer, True) + more + clusters)
@@ -168,14 +173,19 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     shape = layer.up if up else layer.down
     stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
     asked = ADDERS * (CELLS * BLOCK_BYTES + 32 * (most_parts // 2) * PAIR_BYTES)
-    out = TILE_TOKENS * (BLOCK_BYTES + 16 + 4)
-    behind = 0 if up else out + TILE_TOKENS * OWNER_BYTES + asked + 128
-    static = (SORTED_WARPGROUPS * TILE_TOKENS * (32 + 16) if up else 0) + 1024
+    out = SORTED_TOKENS * (BLOCK_BYTES + 16 + 4)
+    behind = 0 if up else out + SORTED_TOKENS * OWNER_BYTES + asked + 128
+    static = (SORTED_WARPGROUPS * SORTED_TOKENS * (32 + 16) if up else 0) + 1024
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
-    ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, CTA_SHARED_BYTES - static - fixed)
-    more: tuple[tuple[str, int], ...] = (("W4_PER_WG", 1), ("W4_WGS", SORTED_WARPGROUPS))
+    room = CTA_SHARED_BYTES - static - fixed
+    ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, SORTED_TOKENS, room)
+    more: tuple[tuple[str, int], ...] = (
+        ("W4_PER_WG", 1),
+        ("W4_WGS", SORTED_WARPGROUPS),
+        ("W4_SORTED", 1),
+    )
     if up:
-        more += (("W4_PANEL", _panel(layer.down.stage_k)), ("W4_SORTED", 1))
+        more += (("W4_PANEL", _panel(layer.down.stage_k)),)
     else:
         more += (("W4_PARTS", most_parts),)
     kernel = Kernel(
@@ -183,7 +193,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
         _defines(layer, up) + more,
     )
-    return Launch(kernel, (sms, 1), SORTED_THREADS, fixed + stages, ring, TILE_TOKENS)
+    return Launch(kernel, (sms, 1), SORTED_THREADS, fixed + stages, ring, SORTED_TOKENS)
 
 
 def most_prefill_tokens(layer: Layer, sms: int) -> int:
@@ -242,14 +252,14 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     pairs = tokens * layer.top_k
     part_pairs = min(SORT_PAIRS, max(512, -(-pairs // (OWN_SORTERS * 512)) * 512))
     sorters = -(-pairs // part_pairs)
-    most_tiles = min(pairs, layer.experts + pairs // TILE_TOKENS)
-    lists = Lists(1, tokens, most_tiles, sorters)
+    most_tiles = min(pairs, layer.experts + pairs // SORTED_TOKENS)
+    lists = Lists(1, tokens, most_tiles, sorters, tile_tokens=SORTED_TOKENS)
     most_parts = layer.top_k + layer.top_k % 2
     block_bytes = pairs * BLOCK_BYTES
     blocks, up_blocks = (
         -(-rows // (SORTED_WARPGROUPS * ROW_TILE)) for rows in (layer.hidden, layer.up.rows)
     )
-    early = -(-EARLY_ROUNDS * sms // up_blocks) * TILE_TOKENS
+    early = -(-EARLY_ROUNDS * sms * SORTED_TOKENS // (up_blocks * BLOCK_ROWS)) * BLOCK_ROWS
     return PrefillPlan(
         launches=(
             _route(sorters + min(-(-tokens // ROUTE_ROWS), 2 * sms)),
