@@ -231,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   pdl_trigger();
   const Slices slices = Slices::of(p);
   if (threadIdx.x >= kConsumers) {
-    give_registers<56>();
+    give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;
     if (warp == 0) {
       produce_stages(p.weights, queue, ring, PanelRows{p.b, p.b_rows});
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  take_registers<152>();
+  take_registers();
   DownBody body{p, ring, tables, CountingPlace{}};
   for (;;) {
     Reader reader{body.place.number()};

@@ -223,13 +223,11 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
   return ring;
 }
 
-// The register file is the consumers'; producers have addresses only. With four warps beside three
-// consumer warpgroups, 160 and 32 are as many as 152 and 56.
-template <int kRegisters = kWgs == 3 ? 152 : 232>
+// The register file is the consumers'. A CTA begins with equal shares; what they take is what the
+// others give, or less: who asked for more would wait for ever.
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 152 : 232));
 }
-template <int kRegisters = kWgs == 3 ? 56 : 40>
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kWgs == 3 ? 56 : 40));
 }
