@@ -64,7 +64,7 @@ class Owners:
             self.warp(first)
 
     def warp(self, first: int) -> None:
-        """One warp; a token's lanes from ``top_k`` on have no pair, nor have tokens past the end."""
+        """One warp; lanes from ``top_k`` on have no pair, nor have those of tokens past the end."""
         pairs = range(len(self.rows) * self.top_k)
         weights = {pair: ("weight", *divmod(pair, self.top_k)) for pair in pairs}
         p = SimpleNamespace(sorted=SimpleNamespace(top_k=self.top_k, weights=weights, place=None))

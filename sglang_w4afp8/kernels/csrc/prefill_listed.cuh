@@ -23,7 +23,8 @@ struct Listed {
   u8* xq;                // (room / kBlockRows, hidden / panel, kBlockRows, panel), swizzled
   float* x_scale;        // (M) where scales are not static
   u32* claimed;          // units that are written beside the matrix unit; zero before
-  u32* written;          // (room / kBlockRows) rows of a block that have been; zero before
+  u32* written;          // (room / kBlockRows) rows of a block that have been, of those behind
+                         // `early`; zero before
   int hidden, panel, top_k;
   int early;             // rows that route writes, a multiple of kBlockRows
 };

@@ -1,7 +1,6 @@
 // Who fills the ring of the prefill path's matrix kernels: warps that copy weights, scales and tokens
 // to its stages (prefill_ring.cuh), item after item.
 #pragma once
-#include "prefill_lists.cuh"
 #include "prefill_ring.cuh"
 
 struct Weights {
@@ -34,7 +33,6 @@ __device__ __forceinline__ void produce_weights(const Weights& p, const Queue& q
   for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
     const int row_tiles = min(kRowTiles, tiles - item.block * kRowTiles);
     const int tile = item.block * kRowTiles + first;
     const int block = tile / kBlockTiles, beside = min(kBlockTiles, tiles - block * kBlockTiles);
@@ -163,7 +161,6 @@ __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* co
   for (;;) {
     const Item item = reader.next(queue, ring);
     if (item.kind == kEnd) return;
-    if (item.kind != kMatrix) continue;
     u32 from[kMine];  // where rows begin, in units of 16 bytes: one multiplication gives an address
     const int* list = columns + static_cast<u64>(item.list) * list_stride + item.first;
 #pragma unroll

@@ -229,13 +229,11 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
   return ring;
 }
 
-// The register file is the consumers'; producers have addresses only. A CTA begins with 168 for each
-// of 384 threads: who takes more than others give waits for ever.
-template <int kRegisters = kSorted ? 224 : 232>
+// The register file is the consumers'. A CTA begins with 168 for each of 384 threads; what they take
+// is what the others give, or less: who asked for more would wait for ever.
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kSorted ? 224 : 232));
 }
-template <int kRegisters = kSorted ? 56 : 40>
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kSorted ? 56 : 40));
 }

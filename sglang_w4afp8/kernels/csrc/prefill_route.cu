@@ -1,19 +1,20 @@
-// First kernel of the prefill path: the pairs sorted by expert, and x in FP8.
+// First kernel of the prefill path: the pairs sorted by expert, and x in FP8, or the first rows of it.
 //
 // A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may
 // want lists of different lengths. The first blocks sort: each counts its part of the pairs,
 // publishes the counts, waits for the others' and then knows where its pairs go in both kinds of
-// list. The other blocks quantise four rows of x each. For prefill_down.cu pairs of an expert are in
-// no particular order: a pair's result does not depend on its neighbours, and sums are taken in the
-// order of k. For prefill_own_down.cu they are ordered by class (prefill_sort_own.cuh), and sums are
-// taken in the order of experts, and then of columns: where a token names an expert twice, its
-// columns depend on ids alone.
+// list. For prefill_down.cu pairs of an expert are in no particular order: a pair's result does not
+// depend on its neighbours, and sums are taken in the order of k. For prefill_own_down.cu they are
+// ordered by class (prefill_sort_own.cuh), and sums are taken in the order of experts, and then of
+// columns: where a token names an expert twice, its columns depend on ids alone.
 //
-// For prefill_down.cu (Sorted) the blocks that quantise wait for those that sort, and write a row
-// to the place of each of its pairs: an expert's tokens are contiguous then, in the order in which
-// shared memory has them. With expert parallelism a token has about one pair here; where there are
-// more pairs than room, rows are left in the order of tokens. Tokens without a pair get their zeros
-// from prefill_up.cu.
+// For prefill_own_down.cu other blocks quantise four rows of x each, in the order of tokens.
+//
+// For prefill_down.cu (Sorted) the other blocks wait for those that sort, and then say whose rows
+// are whose (describe_owners). A warp quantises a row of the list at a time, but only the first
+// ones; prefill_up.cu writes the others (prefill_listed.cuh). With expert parallelism a token has
+// about one pair here; where there are more pairs than room, all rows are quantised in the order of
+// tokens. Tokens without a pair get their zeros from prefill_up.cu.
 //
 // Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows
 // how large sums can become.

@@ -60,7 +60,7 @@ struct Own {
 struct PrefillRouteParams {
   const u16* x;          // (M, hidden) bfloat16
   const void* ids;       // (M, top_k) int32 or int64
-  u8* xq;                // (M, hidden) E4M3
+  u8* xq;                // (M, hidden) E4M3, or as Listed has it
   float* x_scale;        // (M) what a column's result is multiplied by
   const float* a_scale;  // (1) static scale, or null: amax of the row / 448
   Lists up, down;        // down.count is 0 where both kernels use the same lists

@@ -14,7 +14,7 @@ constexpr int kGatherBytes = kTokens * kPitch;
 
 struct PrefillUpParams {
   Weights weights;
-  const u8* b;           // (M, K) E4M3
+  const u8* b;           // (M, K) E4M3, or as Listed has it
   const Tile* tiles;     // (lists, max_tiles)
   const int* header;     // (lists) number of tiles
   const int* columns;    // (lists, list_pairs) pair numbers, sorted by expert

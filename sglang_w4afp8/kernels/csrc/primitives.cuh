@@ -276,9 +276,9 @@ __device__ __forceinline__ float divide(float a, float b, float inverse) {
   const float better = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
   return fabsf(q) < 1e30f ? better : q;  // an overflown quotient has no remainder
 }
-// What many numbers are divided by, in two instructions each: 1 / b with 48 bits, in two parts. A
-// quotient with few bits, which E4M3 may have to round to even, is exact. `low` is not zero or
-// negative, so that an infinite quotient stays what it is.
+// What many numbers are divided by, in two instructions each: 1 / b with 48 bits, in two parts, for b
+// from 2^-126 to 2^60. A quotient with few bits, which E4M3 may have to round to even, is exact.
+// `low` is not zero or negative, so that an infinite quotient stays what it is.
 struct Divisor {
   float high, low;
   __device__ __forceinline__ static Divisor of(float b) {

@@ -1,11 +1,12 @@
 """The launches of the ``prefill`` path: hundreds of tokens and more. Integers only, no GPU.
 
-``route`` sorts the (token, k) pairs by expert and quantises x; ``up`` and ``down`` are persistent
-kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own outputs, tokens of ``up`` are
-gathered into tiles of at most 128 by 256 weight rows, and where experts have 256 rows and about
-one tile or two, the CTAs of ``up`` form pairs (clusters) that share an expert's weights. With a
-longer K tokens lie in the order of the list, tiles have 192 weight rows, and what several experts
-contribute to a token goes from tile to tile of ``down`` through slots in memory.
+``route`` sorts the (token, k) pairs by expert and quantises x, or the first rows of it; ``up`` and
+``down`` are persistent kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own
+outputs, tokens of ``up`` are gathered into tiles of at most 128 by 256 weight rows, and where
+experts have 256 rows and about one tile or two, the CTAs of ``up`` form pairs (clusters) that share
+an expert's weights. With a longer K tokens lie in the order of the list, tiles have 192 weight
+rows, and what several experts contribute to a token goes from tile to tile of ``down`` through
+slots in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from sglang_w4afp8.kernels.hopper.plan_own import (
 THREADS = 384
 ROUTE_THREADS = 512
 ROUTE_ROWS = 4
-"""Rows of x that a CTA of route quantises."""
+"""Rows of x that a CTA of route quantises at a time. Where tokens are in the order of the list,
+there are no more CTAs than fit, which go on until all is done."""
 QUEUE = 4
 """Slots for the items that a CTA has claimed."""
 STAGE_BARRIER_BYTES = 32
