@@ -298,7 +298,9 @@ class Route:
     def place_part(self, name: str, part: int) -> list[SimpleNamespace]:
         """``Begin`` of every expert for a part; the first part of a list writes its tiles."""
         plan = getattr(self.plan, name)
-        lists = SimpleNamespace(parts=plan.parts, together=plan.together)
+        lists = SimpleNamespace(
+            parts=plan.parts, together=plan.together, tile_tokens=plan.tile_tokens
+        )
         p = SimpleNamespace(sorters=len(self.counts))
         scope = {**ROUTE, "part": part, "lists": lists, "p": p}
         s = c_locals(SOURCE, "Begin place_part", "list first_part last_part", scope)

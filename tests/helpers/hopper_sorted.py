@@ -15,17 +15,20 @@ from typing import Any
 
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
+from sglang_w4afp8.kernels.hopper.plan_prefill import SORTED_TOKENS, SORTED_WARPGROUPS
+
 ROUTE, SORT, SHARED = "prefill_route.cu", "prefill_sort.cuh", "prefill.cuh"
 LISTED = "prefill_listed.cuh"
 UP, DOWN, TABLES = "prefill_up.cu", "prefill_down.cu", "prefill_tables.cuh"
 SIZES = {"sizeof": int, "Owner": 16, "Part": 8}
 ROUTED = c_constants(ROUTE, {})
+WGS = SORTED_WARPGROUPS
 
 
 def constants(source: str, stage_k: int, **more: int) -> dict[str, Any]:
     """What a matrix kernel's sources call their sizes, for weights with stages of ``stage_k``."""
     defines = {"W4_K": stage_k, "W4_TILES": 1, "W4_GROUP": 32, "W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0}
-    defines |= {"W4_PER_WG": 1, "W4_WGS": 3, "W4_PANEL": 128, "W4_SORTED": 1, "W4_PARTS": 8}
+    defines |= {"W4_PER_WG": 1, "W4_WGS": WGS, "W4_PANEL": 128, "W4_SORTED": 1, "W4_PARTS": 8}
     return c_constants(source, defines | SIZES | more)
 
 
@@ -44,7 +47,8 @@ def list_tiles(counts: list[int]) -> list[Tile]:
     tiles: list[Tile] = []
     first = 0
     for expert, tokens in enumerate(counts):
-        scope = {**ROUTED, "tokens": tokens, "lists": SimpleNamespace(together=1)}
+        lists = SimpleNamespace(together=1, tile_tokens=SORTED_TOKENS)
+        scope = {**ROUTED, "tokens": tokens, "lists": lists}
         cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
         text = c_find(SORT, ("Tiles of equal size",), "out[i]")
         text = text.replace("Tile{", "(").replace("}", ")")
@@ -80,8 +84,8 @@ class Slices:
     def __init__(self, row_tiles: int, tiles: int, slots: int, y_bytes: int) -> None:
         weights = SimpleNamespace(rows=row_tiles * 64)
         self.p = SimpleNamespace(weights=weights, y_bytes=y_bytes)
-        scope: dict[str, Any] = {"p": self.p, "kWgs": 3, "max": max, "slots": slots, "tiles": tiles}
-        scope["kRowBytes"] = 3 * 128
+        scope: dict[str, Any] = {"p": self.p, "kWgs": WGS, "max": max, "slots": slots, "tiles": tiles}
+        scope["kRowBytes"] = WGS * 128
         scope = c_locals(TABLES, "Slices of(", "blocks block_bytes most", scope)
         limit = c_find(TABLES, ("Slices of(", "if (block_bytes"), "most")
         if scope["block_bytes"] * scope["blocks"] > y_bytes:
@@ -96,7 +100,7 @@ class Slices:
     def scope(self) -> dict[str, Any]:
         """What members of the struct see."""
         own = {"blocks": self.blocks, "tiles": self.tiles, "slots": self.slots, "p": self.p}
-        return own | {"per_slice": self.per_slice, "kWgs": 3, "kRowBytes": 3 * 128}
+        return own | {"per_slice": self.per_slice, "kWgs": WGS, "kRowBytes": WGS * 128}
 
     def count(self) -> int:
         return int(c_value(c_find(TABLES, ("int count()",), "return"), self.scope))

@@ -40,7 +40,7 @@ ROUTES: list[tuple[int, int, int, Callable[[int, int], list[int]]]] = [
 def test_tiles_of_an_expert_are_shared_out(together: int) -> None:
     """For every number of tokens: whole clusters, each with tokens, and of about equal size."""
     for tokens in range(1, 5000):
-        tiles = cut_tiles(7, 100, tokens, SimpleNamespace(together=together))
+        tiles = cut_tiles(7, 100, tokens, SimpleNamespace(together=together, tile_tokens=128))
         counts = [count for _, _, count in tiles]
         assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // C["kTokens"])
         assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= C["kTokens"]

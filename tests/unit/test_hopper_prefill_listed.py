@@ -124,7 +124,15 @@ class Call:
         assert self.times == [1] * self.total, "a row twice, or never"
 
 
-CALLS = [(1, 0, 1), (3, 0, 2), (130, 64, 1), (511, 128, 2), (777, 0, 4), (900, 320, 3), (64, 64, 1)]
+CALLS = [
+    (1, 0, 1),
+    (3, 0, 2),
+    (2 * BLOCK + 2, BLOCK, 1),
+    (3 * BLOCK - 1, 2 * BLOCK, 2),
+    (2 * BLOCK + 9, 0, 4),
+    (5 * BLOCK + 60, 2 * BLOCK, 3),
+    (BLOCK, BLOCK, 1),
+]
 
 
 @pytest.mark.parametrize(("total", "early", "ctas"), CALLS)
@@ -137,7 +145,7 @@ def test_every_row_is_written_once_before_it_is_read(total: int, early: int, cta
 def test_the_simulation_notices(broken: str) -> None:
     with pytest.raises(AssertionError):
         for seed in range(20):
-            Call(seed, 777, 128, 3, broken).run()
+            Call(seed, 4 * BLOCK + 9, BLOCK, 3, broken).run()
 
 
 @pytest.mark.parametrize("workers", [1, 7, 264])

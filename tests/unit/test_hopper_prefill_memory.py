@@ -21,7 +21,8 @@ from sglang_w4afp8.packing import pack_int4
 
 COMMON, PRODUCE, RING = "prefill.cuh", "prefill_produce.cuh", "prefill_ring.cuh"
 UP, DOWN = "prefill_up.cu", "prefill_down.cu"
-TWO, ONE, THREE = (2, 2), (2, 1), (3, 1)  # consumer warpgroups, and row tiles of each in an item
+# Consumer warpgroups, row tiles of each in an item, and whether tokens are in the list's order.
+TWO, ONE, LISTED = (2, 2, 0), (2, 1, 0), (2, 1, 1)
 SHAPES = [
     # rows, K, group, gate and up
     (512, 512, 128, True, TWO),
@@ -30,27 +31,27 @@ SHAPES = [
     (128, 256, 128, True, ONE),
     (1344, 192, 32, True, TWO),  # 21 row tiles
     # Tokens in the order of the list
-    (1024, 512, 128, True, THREE),  # stages of the layout are cut
-    (640, 256, 32, True, THREE),  # ten row tiles: one in the last block
-    (704, 192, 64, True, THREE),
-    (896, 128, 128, True, THREE),
-    (640, 384, 128, False, THREE),
-    (640, 256, 128, False, THREE),
-    (704, 512, 64, False, THREE),  # 11 row tiles
-    (512, 512, 32, False, THREE),
-    (320, 320, 64, False, THREE),
-    (448, 448, 32, False, THREE),
+    (1024, 512, 128, True, LISTED),  # stages of the layout are cut
+    (640, 256, 32, True, LISTED),  # ten row tiles: one in the last block
+    (704, 192, 64, True, LISTED),
+    (896, 128, 128, True, LISTED),
+    (640, 384, 128, False, LISTED),
+    (640, 256, 128, False, LISTED),
+    (704, 512, 64, False, LISTED),  # 11 row tiles
+    (512, 512, 32, False, LISTED),
+    (320, 320, 64, False, LISTED),
+    (448, 448, 32, False, LISTED),
     # Hidden sizes of models for tests: K of gate and up, rows of down.
     (512, 64, 64, True, TWO),
     (128, 64, 32, True, ONE),
     (896, 128, 128, True, TWO),
     (640, 128, 32, True, ONE),
-    (640, 64, 32, True, THREE),
-    (640, 128, 32, True, THREE),
-    (64, 512, 64, False, THREE),
-    (64, 320, 32, False, THREE),
-    (128, 512, 128, False, THREE),
-    (192, 320, 64, False, THREE),
+    (640, 64, 32, True, LISTED),
+    (640, 128, 32, True, LISTED),
+    (64, 512, 64, False, LISTED),
+    (64, 320, 32, False, LISTED),
+    (128, 512, 128, False, LISTED),
+    (192, 320, 64, False, LISTED),
 ]
 
 
@@ -58,13 +59,13 @@ def constants(
     rows: int,
     k: int,
     group: int,
-    cut: tuple[int, int] = TWO,
+    cut: tuple[int, int, int] = TWO,
     cluster: int = 1,
     gate_up: bool = True,
 ) -> dict[str, Any]:
     shape = StageShape.of(rows, k, group, gate_up)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
-    defines |= {"W4_MINUS_EIGHT": 1, "W4_WGS": cut[0], "W4_PER_WG": cut[1], "W4_DYNAMIC": 0}
+    defines |= {"W4_MINUS_EIGHT": 1, "W4_WGS": cut[0], "W4_PER_WG": cut[1], "W4_DYNAMIC": 0, "W4_SORTED": cut[2]}
     more = {"W4_PANEL": 0} if gate_up else {"W4_PARTS": 8}
     return c_constants(UP if gate_up else DOWN, defines | more | {"W4_CLUSTER": cluster})
 
@@ -79,7 +80,7 @@ def stages(
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
     item = SimpleNamespace(block=block, expert=experts - 1, first=0, count=16)
-    if c["kWgs"] == 3:
+    if c["kSorted"]:
         found = []
         for stage in stage_copies(c, item, k, rows, 16, "kAdders" in c):
             found.append(torch.full((c["kStageBytes"],), 0x77, dtype=torch.uint8))
@@ -108,7 +109,7 @@ def stages(
 
 def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> dict[str, Any]:
     """What ``load_codes`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
-    if c["kWgs"] == 3:
+    if c["kSorted"]:
         at = scope | {"thread": scope["wg"] * 128 + scope["thread"]}
         at = c_locals(COMMON, "void multiply_one > auto codes_at", "before", at)
         w, s = (
@@ -125,7 +126,7 @@ def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> 
 
 @pytest.mark.parametrize(("rows", "k", "group", "gate_up", "cut"), SHAPES)
 def test_fragments_are_the_rows_of_the_item(
-    rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int]
+    rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int, int]
 ) -> None:
     """``load_codes``, for every thread and scale group, on what was copied."""
     generator = torch.Generator().manual_seed(rows + k)
@@ -191,9 +192,9 @@ def test_ctas_of_a_cluster_copy_half_of_a_stage_each(rows: int, k: int, group: i
             assert [int(mask.sum()) for mask in written] == [expected, *[expected // 2] * 2]
 
 
-def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tuple[int, int]]]:
+def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tuple[int, int, int]]]:
     """``produce_tokens``: (token, first column) of 16 bytes, by address, for each stage along K."""
-    shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
+    shared: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(k // c["kStageK"])]
     within, function = "void produce_tokens", ("void produce_tokens",)
     for part, lane in product(range(2), range(32)):
         scope: dict[str, Any] = {**c, "part": part, "threadIdx": SimpleNamespace(x=lane)}
@@ -217,9 +218,9 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
     return shared
 
 
-def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> list[list[int]]:
+def operand(c: dict[str, Any], cut: tuple[int, int, int], stage: int, half: int) -> list[list[int]]:
     """Where the matrix unit reads 16 bytes of a stage's half: of columns of K, for each token."""
-    loop = "void multiply_one" if cut == THREE else "void multiply("
+    loop = "void multiply_one" if cut == LISTED else "void multiply("
     found: list[list[int]] = [[] for _ in range(c["kTokens"])]
     scope = {**c, "stage": stage, "half": half}
     scope["address"] = c_value(c_find(COMMON, (loop,), "panel_descriptor("), scope)
@@ -253,9 +254,9 @@ def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
     assert second * 16 == cut["kFirst"] * c["kPanel"] and cut["kFirst"] % 8 == 0
 
 
-@pytest.mark.parametrize("cut", [TWO, THREE])
+@pytest.mark.parametrize("cut", [TWO, LISTED])
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 512])
-def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int]) -> None:
+def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int, int]) -> None:
     """``produce_tokens`` against ``panel_descriptor`` and ``column_step``."""
     c, stage = constants(128, k, 64, cut), 5 * 1024
     for step, shared in enumerate(produced_tokens(c, k, stage)):
@@ -270,8 +271,8 @@ def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int]) -
 @pytest.mark.parametrize(("k", "group"), [(320, 64), (384, 32), (512, 128), (640, 128), (576, 64)])
 def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
     """What gate and up write, through down's copies, to where the matrix unit wants it."""
-    c, stage, b_rows = constants(64, k, group, THREE, gate_up=False), 5 * 1024, 1000
-    up = constants(2 * k, 512, group, THREE) | {"kOutPanel": c["kPanel"], "kColumns": c["kPanel"]}
+    c, stage, b_rows = constants(64, k, group, LISTED, gate_up=False), 5 * 1024, 1000
+    up = constants(2 * k, 512, group, LISTED) | {"kOutPanel": c["kPanel"], "kColumns": c["kPanel"]}
     # Tiles of an expert begin at any row; the next ones a multiple of 16 rows behind.
     for first, before, count in ((0, 0, 128), (37, 0, 48), (37, 48, 33), (901, 96, 3)):
         q, p = {}, SimpleNamespace(q=0, q_rows=b_rows, rows=None)
@@ -282,7 +283,7 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
             address = c_value(c_find(UP, ("u8* q_piece", "u64 at"), "return"), scope)
             assert address not in q and 0 <= address <= b_rows * k - 16
             q[address] = column, feature
-        shared: list[dict[int, tuple[int, int]]] = [{} for _ in range(k // c["kStageK"])]
+        shared: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(k // c["kStageK"])]
         item = SimpleNamespace(first=first + before, count=count, block=0, expert=0)
         for memory, copies in zip(shared, stage_copies(c, item, k, 64, b_rows), strict=True):
             for one in (one for one in copies if one.what == "tokens"):
@@ -290,7 +291,7 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
                 memory |= {stage + one.to + i: q[one.source + i] for i in range(0, one.size, 16)}
         for step, memory in enumerate(shared):
             assert len(memory) * 16 == count * c["kStageK"], "what the barrier expects"
-            for token, addresses in enumerate(operand(c, THREE, stage, 0)[:count]):
+            for token, addresses in enumerate(operand(c, LISTED, stage, 0)[:count]):
                 columns = [(token, step * c["kStageK"] + 16 * i) for i in range(c["kK"] // 16)]
                 assert [memory[address] for address in addresses] == columns
 
@@ -302,9 +303,9 @@ def test_gate_and_up_end_as_the_feature_of_their_rows() -> None:
         (896, 256, TWO),
         (128, 64, ONE),
         (512, 64, TWO),
-        (640, 256, THREE),
-        (1024, 128, THREE),
-        (1152, 192, THREE),
+        (640, 256, LISTED),
+        (1024, 128, LISTED),
+        (1152, 192, LISTED),
     ):
         c = constants(rows, k, 64, cut)
         order = _row_order(rows, True, 1).view(-1, 4, 8, 2)

@@ -28,12 +28,17 @@ from hopper_stages import stage_copies, token_copies
 from kernel_source import c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.plan import Layer
-from sglang_w4afp8.kernels.hopper.plan_prefill import BLOCK_ROWS, _panel, plan_prefill
+from sglang_w4afp8.kernels.hopper.plan_prefill import (
+    BLOCK_ROWS,
+    SORTED_TOKENS,
+    _panel,
+    plan_prefill,
+)
 
 UNIT = 4
 """Bytes that are looked at together: scales for each token make a row of q in such pieces."""
 COUNTS = {
-    "every count of a tile": list(range(1, 129)),
+    "every count of a tile": list(range(1, SORTED_TOKENS + 1)),
     "several tiles of an expert": [5, 0, 300, 1, 129, 0, 0, 1000, 64, 257],
     "a whole block": [64, 128, 64, 8, 56],
     "one row": [1],
@@ -186,7 +191,7 @@ def test_tiles_begin_where_the_swizzle_does() -> None:
         tiles, columns = list_tiles(counts), list_columns(counts)
         assert len(columns) == sum(tile.count for tile in tiles) == sum(counts)
         for tile in tiles:
-            assert 0 < tile.count <= 128
+            assert 0 < tile.count <= SORTED_TOKENS
             assert (tile.first - sum(counts[: tile.expert])) % 8 == 0
             for i in range(tile.count):
                 assert columns[tile.first + i] == i % 8

@@ -86,7 +86,7 @@ __shared__ float b_factor, q_divisor;
 // warp that fills the ring reads items for those that write rows, too.
 struct BlockRows {
   static constexpr int kPanels = kStageK / kPanel;
-  static constexpr int kPieces = kTokens / kBlockRows + 1;  // of a panel of the item
+  static constexpr int kPieces = (kTokens + kBlockRows - 2) / kBlockRows + 1;  // blocks of an item
   static constexpr int kCopies = kPanels * kPieces, kReads = 3;
   const u8* x;
   int k;
