@@ -84,7 +84,13 @@ class Slices:
     def __init__(self, row_tiles: int, tiles: int, slots: int, y_bytes: int) -> None:
         weights = SimpleNamespace(rows=row_tiles * 64)
         self.p = SimpleNamespace(weights=weights, y_bytes=y_bytes)
-        scope: dict[str, Any] = {"p": self.p, "kWgs": WGS, "max": max, "slots": slots, "tiles": tiles}
+        scope: dict[str, Any] = {
+            "p": self.p,
+            "kWgs": WGS,
+            "max": max,
+            "slots": slots,
+            "tiles": tiles,
+        }
         scope["kRowBytes"] = WGS * 128
         scope = c_locals(TABLES, "Slices of(", "blocks block_bytes most", scope)
         limit = c_find(TABLES, ("Slices of(", "if (block_bytes"), "most")
@@ -205,7 +211,7 @@ def stored(columns: int) -> dict[int, Result]:
 
 
 class Adder:
-    """``find`` and ``add_up`` of a warp: what its first lane asks for, and what it adds to what.
+    """``find`` and ``add_up`` of a warp: what the first lane of a half asks for and adds to what.
 
     A contribution is told by its slot in y, which is also its weight's number.
 
@@ -222,7 +228,8 @@ class Adder:
         _, _, cells, pairs, tokens = c_value(made.replace("}", ")"), scope)
         self.scope = {**c, "lane": 0, "cells": cells, "pairs": pairs, "tokens": tokens, "y": 0}
         self.scope |= {"__uint_as_float": int, "lds128": self.read, "lds32": self.memory_of}
-        self.scope |= c_locals(DOWN, "void add_up(", "kPairs", self.scope)
+        self.warp = self.scope | c_locals(DOWN, "void add_up(", "kPairs", self.scope)
+        self.scope = self.warp
         self.memory: dict[int, Any] = {}
         self.groups: list[list[tuple[int, int]]] = []
         wait = re.search(r"async_copy_wait<(.*?)>\(\);", c_text(DOWN))
@@ -237,10 +244,17 @@ class Adder:
         assert address % 16 == 0
         return self.memory_of(address)
 
-    def find(self, rows: list[tuple[int, list[int]]]) -> int:
-        """Tokens of 32 columns with the slots of what they are to add up, none for others."""
-        within, end = "int find(", 0
-        for token, slots in rows:
+    def find(self, rows: list[tuple[int, list[int]]]) -> tuple[int, int]:
+        """Tokens of 32 columns with the slots of what they are to add up, none for others.
+
+        Returns how many pairs the first 16 have, and all.
+        """
+        within, end, half = "Found find(", 0, 0
+        self.scope = self.warp
+        made = " ".join(c_find(DOWN, (within,), "return").split())
+        assert made == "Found{__shfl_sync(0xffffffffu, end, 15), __shfl_sync(0xffffffffu, end, 31)}"
+        for lane, (token, slots) in enumerate(rows):
+            half = end if lane == 16 else half
             scope = self.scope | {"count": len(slots), "token": token}
             end += c_value(c_find(DOWN, (within,), "end"), scope)
             begin = c_value(c_find(DOWN, (within,), "begin"), scope | {"end": end})
@@ -262,7 +276,7 @@ class Adder:
                 to, value = c_value(last, scope)
                 assert self.scope["tokens"] <= to <= self.scope["kAdderBytes"] - 4
                 self.memory[to] = value
-        return end
+        return half, end
 
     def value(self, after: str, name: str, **more: Any) -> Any:
         """Of an expression of ``add_up``."""
@@ -293,11 +307,22 @@ class Adder:
         """What all but the last groups have asked for."""
         while len(self.groups) > pending:
             for to, slot in self.groups.pop(0):
-                assert 0 <= to <= self.scope["pairs"] - self.scope["kRowBytes"]
+                assert 0 <= to <= self.warp["pairs"] - self.scope["kRowBytes"]
                 self.memory[to] = slot
 
-    def add_up(self, count: int) -> list[tuple[int, list[int]]]:
-        """Tokens, and slots of their contributions in the order of the additions."""
+    def add_up(self, number: int, pairs: tuple[int, int]) -> list[tuple[int, list[int]]]:
+        """Tokens, and slots of their contributions in the order of the additions, of a half."""
+        scope = self.warp | {"threadIdx": SimpleNamespace(x=64 + number * 16)}
+        scope["found"] = SimpleNamespace(half=pairs[0], all=pairs[1])
+        names = "half lane begin count"
+        scope = c_locals(DOWN, "void add_up(", names, scope)
+        assert (scope["half"], scope["lane"]) == (number, 0)
+        scope["this"] = SimpleNamespace(**{n: self.warp[n] for n in ("cells", "pairs", "tokens")})
+        for name in ("cells", "pairs", "tokens"):
+            text = c_find(DOWN, ("void add_up(",), name).replace("this->", "this.")
+            self.scope = self.warp | {**scope, name: c_value(text, scope)}
+            scope[name] = self.scope[name]
+        count = scope["count"]
         for i in range(self.scope["kPairs"]):
             self.ask(i, count)
         sums, total = [], []

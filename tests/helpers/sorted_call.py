@@ -15,11 +15,11 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
-from hopper_sorted import DOWN, TABLES, Slices, constants
+from hopper_sorted import DOWN, TABLES, WGS, Slices, constants
 from kernel_source import c_find, c_value
 from simulated_warps import Barrier, Warp, run_warps
 
-WGS, WARPS, ADDERS = 3, 2, 2
+WARPS, ADDERS = 2, 2
 TILE = 4
 """Most columns."""
 FOUND = 2

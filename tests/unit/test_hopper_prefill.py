@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hopper_route import ROUTE as C
 from hopper_route import Route, cut_tiles
 
 from sglang_w4afp8.kernels.hopper import plan_prefill
 from sglang_w4afp8.kernels.hopper.plan import Layer
-from sglang_w4afp8.kernels.hopper.plan_lists import Lists
+from sglang_w4afp8.kernels.hopper.plan_lists import TILE_TOKENS, Lists
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 
@@ -40,10 +39,12 @@ ROUTES: list[tuple[int, int, int, Callable[[int, int], list[int]]]] = [
 def test_tiles_of_an_expert_are_shared_out(together: int) -> None:
     """For every number of tokens: whole clusters, each with tokens, and of about equal size."""
     for tokens in range(1, 5000):
-        tiles = cut_tiles(7, 100, tokens, SimpleNamespace(together=together, tile_tokens=128))
+        tiles = cut_tiles(
+            7, 100, tokens, SimpleNamespace(together=together, tile_tokens=TILE_TOKENS)
+        )
         counts = [count for _, _, count in tiles]
-        assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // C["kTokens"])
-        assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= C["kTokens"]
+        assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // TILE_TOKENS)
+        assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= TILE_TOKENS
         assert all(counts[::together]), "a cluster without work"
         full = [count for count in counts if count]
         assert len(counts) - len(full) < together and counts[: len(full)] == full
@@ -101,7 +102,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
         seen = []
         for (number, tile), (expert, first, count) in found.tiles[name].items():
             assert tile < found.header[name][number] <= lists.max_tiles
-            assert 0 <= count <= C["kTokens"] and (count == 0 or first + count <= list_pairs)
+            assert 0 <= count <= lists.tile_tokens and (count == 0 or first + count <= list_pairs)
             for at in range(first, first + count):
                 pair = columns[number * list_pairs + at]
                 assert ids[pair] == expert and pair // list_pairs == number
@@ -112,7 +113,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
         assert len(found.tiles[name]) == sum(found.header[name].values())
         for key, group in groupby(found.tiles[name].items(), key=lambda t: (t[0][0], t[1][0])):
             counts = [count for _, (_, _, count) in group]
-            least = -(-sum(counts) // C["kTokens"])
+            least = -(-sum(counts) // TILE_TOKENS)
             assert len(counts) == -(-least // lists.together) * lists.together, key
         # The CTAs of a cluster share weights: their tiles are of one expert.
         experts_of = [

@@ -65,7 +65,13 @@ def constants(
 ) -> dict[str, Any]:
     shape = StageShape.of(rows, k, group, gate_up)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
-    defines |= {"W4_MINUS_EIGHT": 1, "W4_WGS": cut[0], "W4_PER_WG": cut[1], "W4_DYNAMIC": 0, "W4_SORTED": cut[2]}
+    defines |= {
+        "W4_MINUS_EIGHT": 1,
+        "W4_WGS": cut[0],
+        "W4_PER_WG": cut[1],
+        "W4_DYNAMIC": 0,
+        "W4_SORTED": cut[2],
+    }
     more = {"W4_PANEL": 0} if gate_up else {"W4_PARTS": 8}
     return c_constants(UP if gate_up else DOWN, defines | more | {"W4_CLUSTER": cluster})
 

@@ -144,9 +144,9 @@ def check_lists(lists: Lists, layer: Layer, tokens: int, part_pairs: int, step: 
     assert lists.parts == -(-lists.tokens * layer.top_k // part_pairs)
     # Of about one size: no list has more than another and what a CTA sorts.
     assert lists.tokens - tokens / lists.count < step
-    # Most tiles: a pair for every expert, then 128 more for another tile each; or two for two.
+    # Most tiles: a pair for every expert, then a tile's more for another one each; or two for two.
     pairs, both = lists.tokens * layer.top_k, lists.together
-    more = max(0, pairs - layer.experts) // (128 * both)
+    more = max(0, pairs - layer.experts) // (lists.tile_tokens * both)
     assert lists.max_tiles == 0 or (min(pairs, layer.experts) + more) * both <= lists.max_tiles
 
 
@@ -176,7 +176,7 @@ def test_plans_cover_every_token_and_output(layer: Layer) -> None:
         up_blocks = -(-layer.up.rows // (plan_prefill.SORTED_WARPGROUPS * 64))
         items = plan_prefill.EARLY_ROUNDS * 132
         assert plan.early % plan_prefill.BLOCK_ROWS == 0
-        assert plan.early // plan.launches[1].tokens * up_blocks >= items
+        assert plan.early * up_blocks >= items * plan.launches[1].tokens
         # One list, whose tokens x and q are in the order of.
         assert plan.up == plan.down and (plan.up.count, plan.up.together) == (1, 1)
         assert plan.part_pairs % plan_prefill.ROUTE_THREADS == 0

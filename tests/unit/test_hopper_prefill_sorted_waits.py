@@ -145,7 +145,8 @@ def test_the_simulation_follows_the_kernel() -> None:
     in_order(
         "struct Adder > void run()", "slices.slots == 0 && slices.count() <= 2) return",
         "atomicAdd(p.summed, 1u)", "next = claim()", "order.item(", "== kEnd) return",
-        "next = claim();", "wait_tiles(item);", "first < item.count", "add_up(item, find(",
+        "next = claim();", "wait_tiles(item);", "first < item.count", "find(item, first)",
+        "add_up(item, found)",
         "__syncwarp();", "slices.count() > 2", "fence.acq_rel.gpu", "p.left + item.slice",
     )  # fmt: skip
     in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")
