@@ -113,7 +113,7 @@ def test_every_pair_is_in_one_tile_of_its_expert(
         assert len(found.tiles[name]) == sum(found.header[name].values())
         for key, group in groupby(found.tiles[name].items(), key=lambda t: (t[0][0], t[1][0])):
             counts = [count for _, (_, _, count) in group]
-            least = -(-sum(counts) // TILE_TOKENS)
+            least = -(-sum(counts) // lists.tile_tokens)
             assert len(counts) == -(-least // lists.together) * lists.together, key
         # The CTAs of a cluster share weights: their tiles are of one expert.
         experts_of = [

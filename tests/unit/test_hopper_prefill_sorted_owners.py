@@ -298,8 +298,8 @@ def test_every_sum_is_made_once_and_of_what_was_asked_for(
     """``find`` and ``add_up``: columns in turn, contributions in cells that are used again."""
     order, c = random.Random(int(share * 100)), constants(DOWN, 128, W4_PARTS=most)
     body = " ".join(c_text(DOWN).split())
-    loop = "for (int first = 0; first < item.count; first += 32) { const Found found = find(item, first);"
-    assert f"{loop} add_up(item, found);" in body
+    loop = "for (int first = 0; first < item.count; first += 32) {"
+    assert f"{loop} const Found found = find(item, first); add_up(item, found);" in body
     assert "if (token < 0) continue;" in body and "if (i < count) {" in body
     # A row that is not the last of its token, or its only one, which has a weight.
     text = c_find(DOWN, ("Found find(", "first + lane < item.count"), "count")
