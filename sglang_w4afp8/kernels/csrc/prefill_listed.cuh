@@ -16,20 +16,20 @@ struct ListPlace {
 
 // Rows of x in the order of the list.
 struct Listed {
-  const u16* x;          // (M, hidden) bfloat16
-  const float* a_scale;  // (1) static scale, or null: amax of the row / 448
-  const int* columns;    // (pairs) of the list
-  const ListPlace* place;    // (M, top_k)
-  u8* xq;                // (room / kBlockRows, hidden / panel, kBlockRows, panel), swizzled
-  float* x_scale;        // (M) where scales are not static
-  u32* claimed;          // units that are written beside the matrix unit; zero before
-  u32* written;          // (room / kBlockRows) rows of a block that have been, of those behind
-                         // `early`; zero before
+  const u16* x;            // (M, hidden) bfloat16
+  const float* a_scale;    // (1) static scale, or null: amax of the row / 448
+  const int* columns;      // (pairs) of the list
+  const ListPlace* place;  // (M, top_k)
+  u8* xq;                  // (room / kBlockRows, hidden / panel, kBlockRows, panel), swizzled
+  float* x_scale;          // (M) where scales are not static
+  u32* claimed;            // units that are written beside the matrix unit; zero before
+  u32* written;            // (room / kBlockRows) rows of a block that have been, of those behind
+                           // `early`; zero before
   int hidden, panel, top_k;
-  int early;             // rows that route writes, a multiple of kBlockRows
+  int early;               // rows that route writes, a multiple of kBlockRows
 };
 
-constexpr int kUnitRows = 4;  // claimed at once
+constexpr int kUnitRows = 4;      // claimed at once
 constexpr int kRowColumns = 256;  // of a warp at once
 static_assert(kBlockRows % kUnitRows == 0, "");
 

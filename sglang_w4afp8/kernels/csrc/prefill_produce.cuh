@@ -73,8 +73,9 @@ struct NoRows {
   __device__ __forceinline__ u32 next() const { return 0; }
 };
 
-// The same with a row tile for each warpgroup, and with tokens, if `rows` copies any. One lane has
-// all copies: with a lane for each, the warp takes longer than those who multiply.
+// One warp: what produce_weights does where each warpgroup has one row tile, and tokens, if `rows`
+// copies any. One lane has all copies: with a lane for each, the compiler's loop over lanes takes
+// about as long as those who multiply.
 template <class Rows>
 __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& queue,
                                                const Ring& ring, Rows rows) {

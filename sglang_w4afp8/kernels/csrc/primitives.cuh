@@ -131,8 +131,8 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Whether this is the one lane of a whole warp that is chosen, always the same one. The compiler knows
-// that it is one, and need not copy to shared memory for each lane that might be there.
+// Whether this is the one lane of a whole warp that is chosen, always the same one. The compiler
+// knows that it is one, and makes no loop over lanes for what takes uniform registers.
 __device__ __forceinline__ bool chosen() {
   u32 is;
   asm volatile(
@@ -276,8 +276,8 @@ __device__ __forceinline__ float divide(float a, float b, float inverse) {
   const float better = __fmaf_rn(__fmaf_rn(-q, b, a), inverse, q);
   return fabsf(q) < 1e30f ? better : q;  // an overflown quotient has no remainder
 }
-// What many numbers are divided by, in two instructions each: 1 / b with 48 bits, in two parts, for b
-// from 2^-126 to 2^60. A quotient with few bits, which E4M3 may have to round to even, is exact.
+// What many numbers are divided by, in two instructions each: 1 / b with 48 bits, in two parts, for
+// b from 2^-126 to 2^60. A quotient with few bits, which E4M3 may have to round to even, is exact.
 // `low` is not zero or negative, so that an infinite quotient stays what it is.
 struct Divisor {
   float high, low;
@@ -289,23 +289,14 @@ struct Divisor {
 __device__ __forceinline__ float divide(float a, Divisor by) {
   return __fmaf_rn(a, by.high, a * by.low);
 }
-__device__ __forceinline__ uint2 quantize8(uint4 v, Divisor by) {
+// Eight BF16 values over a scale, as E4M3. `by`: a Divisor, or the scale and its inverse.
+template <class... By>
+__device__ __forceinline__ uint2 quantize8(uint4 v, By... by) {
   const u32 w[4] = {v.x, v.y, v.z, v.w};
   u32 q[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    q[i] = pack_e4m3(divide(bf16_low(w[i]), by), divide(bf16_high(w[i]), by));
-  }
-  return make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
-}
-// Eight BF16 values over a scale, as E4M3.
-__device__ __forceinline__ uint2 quantize8(uint4 v, float scale, float inverse) {
-  const u32 w[4] = {v.x, v.y, v.z, v.w};
-  u32 q[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    q[i] = pack_e4m3(divide(bf16_low(w[i]), scale, inverse),
-                     divide(bf16_high(w[i]), scale, inverse));
+    q[i] = pack_e4m3(divide(bf16_low(w[i]), by...), divide(bf16_high(w[i]), by...));
   }
   return make_uint2(q[0] | q[1] << 16, q[2] | q[3] << 16);
 }
