@@ -236,9 +236,22 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
   from = place;
 }
 
-// Calls body.run<kN>() with the fewest columns that hold `count` tokens.
+// Calls body.run<kN>() with the fewest columns that hold `count` tokens: steps of 16, or of 8 in wide
+// tiles of the list.
 template <class Body>
 __device__ __forceinline__ void with_columns(int count, Body& body) {
+  if constexpr (kSorted) {
+    switch ((uniform(count) + 7) / 8) {
+      case 17: return body.template run<136>();
+      case 18: return body.template run<144>();
+      case 19: return body.template run<152>();
+      case 20: return body.template run<160>();
+      case 21: return body.template run<168>();
+      case 22: return body.template run<176>();
+      case 23: return body.template run<184>();
+      case 24: return body.template run<192>();
+    }
+  }
   switch ((uniform(count) + 15) / 16) {
     case 1: return body.template run<16>();
     case 2: return body.template run<32>();
@@ -247,14 +260,6 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
     case 5: return body.template run<80>();
     case 6: return body.template run<96>();
     case 7: return body.template run<112>();
-    case 8: return body.template run<128>();
-  }
-  if constexpr (kTokens > 128) {
-    switch ((uniform(count) + 15) / 16) {
-      case 9: return body.template run<144>();
-      case 10: return body.template run<160>();
-      case 11: return body.template run<176>();
-      default: return body.template run<192>();
-    }
+    default: return body.template run<128>();
   }
 }
