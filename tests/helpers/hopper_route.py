@@ -23,7 +23,7 @@ Tile = tuple[int, int, int]
 def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
     """The tiles of one expert's pairs, which begin at ``first``."""
     scope = {**ROUTE, "tokens": tokens, "lists": lists, "tid": expert, "first": first}
-    cut = c_locals(SOURCE, "Tiles of equal size", "least tiles size", scope)
+    cut = c_locals(SOURCE, "Tiles of equal size", "least tiles step size", scope)
     text = c_find(SOURCE, ("Tiles of equal size",), "out[i]")
     text = text.replace("Tile{", "(").replace("}", ")")
     return [c_value(text, cut | {"i": i})[:3] for i in range(cut["tiles"])]

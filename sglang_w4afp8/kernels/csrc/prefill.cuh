@@ -15,6 +15,12 @@ struct Codes {
   uint4 v[kGroup >= 64 ? kGroup / 64 : 1];
   u32 scales;
 };
+// Makes them any values.
+__device__ __forceinline__ void forget(Codes& c) {
+#pragma unroll
+  for (uint4& v : c.v) asm volatile("" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w));
+  asm volatile("" : "=r"(c.scales));
+}
 // The same as wgmma wants them.
 struct Fragment {
   u32 a[kSteps * 4];
@@ -169,6 +175,17 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   from = place;
 }
 
+// Where a thread's codes of a stage begin, 16 bytes, and its rows' scales, 4 bytes for four threads.
+struct Mine {
+  u32 codes, scales, lane;
+  // Read here, in no register before.
+  __device__ __forceinline__ static Mine here() {
+    const u32 thread = read_thread(), before = thread & ~127u;  // threads of warpgroups before
+    return Mine{kWeightsAt + (thread + before * (kTileBytes / 2048 - 1)) * 16,
+                kScalesAt + (thread & ~3u) + before * (kTileScaleBytes / 128 - 1), thread & 31};
+  }
+};
+
 // acc = the row tile of this warpgroup times kN tokens, over all of K: what three warpgroups do, of
 // which two have work for the matrix unit while one scales, adds and decodes. Codes of the next
 // scale group are on their way while this one's products are added; there are no registers to
@@ -176,29 +193,16 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
 template <int kN, class Way>
 __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
                                              Way& from, bool gathered) {
+  constexpr bool kKeep = kN < 184;
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
-  auto wait_stage = [&] {
-    barrier_wait(ring.weights_full(place.slot), place.parity());
-    barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
-    if (gathered) fence_async_proxy();  // then tokens were ordinary writes
-  };
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
-  // Of this thread's codes, 16 bytes, and of its rows' scales, 4 bytes for four threads. `before`:
-  // threads of the warpgroups before.
-  auto codes_at = [&](u32 stage, u32 thread) {
-    const u32 before = thread & ~127u;
-    return stage + kWeightsAt + (thread + before * (kTileBytes / 2048 - 1)) * 16;
-  };
-  auto scales_at = [&](u32 stage, u32 thread) {
-    const u32 before = thread & ~127u;
-    return stage + kScalesAt + (thread & ~3u) + before * (kTileScaleBytes / 128 - 1);
-  };
-  wait_stage();
+  wait_listed(ring, place, gathered);
   u32 stage = ring.stage(place.slot);
+  const Mine kept_mine = Mine::here();
   Codes codes;
-  load_codes(codes, codes_at(stage, threadIdx.x), scales_at(stage, threadIdx.x), 0, 0);
+  load_codes(codes, stage + kept_mine.codes, stage + kept_mine.scales, 0, 0);
 #pragma unroll 1
   for (int left = stages; left > 0; --left) {
     const u64 b = panel_descriptor(stage);
@@ -215,20 +219,21 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
       if (last) {
         place.advance(ring.size);
         stage = ring.stage(place.slot);
-        if (left > 1) wait_stage();
+        if (left > 1) wait_listed(ring, place, gathered);
       }
       mma_wait<0>();
       pin(part);
-      const u32 thread = read_thread();  // here, as there is no register to keep it
-      if (last) release_stage(empty, thread & 31);
+      const Mine mine = kKeep ? kept_mine : Mine::here();
+      if (last) release_stage(empty, mine.lane);
       // Half of the products are added before codes come, and take their registers.
       constexpr int kHalf = kN / 4 / 4 * 4;
       add<0, 0, kHalf>(acc, part, f.scales);
-      const u32 w = kept(codes_at(stage, thread)), s = kept(scales_at(stage, thread));
+      u32 w = stage + mine.codes, s = stage + mine.scales;
+      if (!kKeep) w = kept(w), s = kept(s);
       if (!last || left > 1) {
         load_codes(codes, w, s, 0, last ? 0 : group + 1);
       } else {
-        codes = Codes{};  // or the last ones would keep their registers
+        forget(codes);  // or the last ones would keep their registers
       }
       add<kHalf, kHalf, kN / 2 - kHalf>(acc, part, f.scales);
     }

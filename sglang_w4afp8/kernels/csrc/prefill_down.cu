@@ -263,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     // A warpgroup without a row tile waits for the item's scales all the same: who arrives early
     // could count for the item before.
     if (uniform((item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows)) {
-      pass(p.weights.k / kStageK, ring, body.place);
+      pass(p.weights.k / kStageK, ring, body.place, false);
       barrier_wait(tables.scaled(), phase_of(body.place.number()));
     } else {
       with_columns(item.count, body);

@@ -111,18 +111,19 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& qu
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       if (mine) {
         const u32 stage = ring.stage(place.slot);
-        const u32 weights_full = ring.weights_full(place.slot);
         const u32 tokens_full = ring.tokens_full(place.slot, 0);
-        barrier_expect(weights_full, weight_bytes);
+        const u32 weights_full = Rows::kCopies > 0 ? tokens_full : ring.weights_full(place.slot);
+        if constexpr (Rows::kCopies > 0) {
+          barrier_expect_all(tokens_full, weight_bytes + item.count * kStageK, kTokenArrivals);
+        } else {
+          barrier_expect(weights_full, weight_bytes);
+        }
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
           if (t >= row_tiles) break;
           bulk_copy(stage + kWeightsAt + t * kTileBytes, codes[t], kTileBytes, weights_full);
           bulk_copy(stage + kScalesAt + t * kTileScaleBytes, scales[t], kTileScaleBytes,
                     weights_full);
-        }
-        if constexpr (Rows::kCopies > 0) {
-          barrier_expect_all(tokens_full, item.count * kStageK, kTokenArrivals);
         }
 #pragma unroll
         for (int i = 0; i < Rows::kCopies; ++i) {

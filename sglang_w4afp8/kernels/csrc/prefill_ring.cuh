@@ -189,14 +189,31 @@ __device__ __forceinline__ void release_stage(u32 empty, u32 lane) {
   }
 }
 
-// Lets the stages of an item without tokens pass: the other CTA of the cluster has some. Waits for
-// this CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind
-// cannot tell the phases of its barriers apart any more.
+// Until a stage is there of a call with tokens in the order of the list: then one barrier is for all of
+// it, as one warp copies all. `gathered`: tokens were copied by lanes.
 template <class Way>
-__device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place) {
-  for (int i = 0; i < stages; ++i) {
+__device__ __forceinline__ void wait_listed(const Ring& ring, const Way& place, bool gathered) {
+  barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
+  if (gathered) {
     barrier_wait(ring.weights_full(place.slot), place.parity());
-    for (int h = 0; h < kHalves; ++h) barrier_wait(ring.tokens_full(place.slot, h), place.parity());
+    fence_async_proxy();  // the matrix unit reads past ordinary writes
+  }
+}
+
+// Lets the stages of an item without tokens pass, or without rows for this warpgroup. Waits for this
+// CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind cannot
+// tell the phases of its barriers apart any more.
+template <class Way>
+__device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place, bool gathered) {
+  for (int i = 0; i < stages; ++i) {
+    if constexpr (kSorted) {
+      wait_listed(ring, place, gathered);
+    } else {
+      barrier_wait(ring.weights_full(place.slot), place.parity());
+      for (int h = 0; h < kHalves; ++h) {
+        barrier_wait(ring.tokens_full(place.slot, h), place.parity());
+      }
+    }
     release_stage(ring.empty(place.slot), read_lane());
     place.advance(ring.size);
   }

@@ -286,7 +286,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     if (kind == kEnd) break;
     const bool idle = kSorted && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
     if ((kCluster > 1 && uniform(item.count) == 0) || uniform(idle)) {
-      pass(p.weights.k / kStageK, ring, body.place);
+      pass(p.weights.k / kStageK, ring, body.place, kSorted && *p.total > p.room);
     } else {
       with_columns(item.count, body);
     }
