@@ -28,7 +28,7 @@ WGS = SORTED_WARPGROUPS
 def constants(source: str, stage_k: int, **more: int) -> dict[str, Any]:
     """What a matrix kernel's sources call their sizes, for weights with stages of ``stage_k``."""
     defines = {"W4_K": stage_k, "W4_TILES": 1, "W4_GROUP": 32, "W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0}
-    defines |= {"W4_PER_WG": 1, "W4_WGS": WGS, "W4_PANEL": 128, "W4_SORTED": 1, "W4_PARTS": 8}
+    defines |= {"W4_PER_WG": 1, "W4_PANEL": 128, "W4_SORTED": 1, "W4_PARTS": 8}
     return c_constants(source, defines | SIZES | more)
 
 
@@ -49,7 +49,7 @@ def list_tiles(counts: list[int]) -> list[Tile]:
     for expert, tokens in enumerate(counts):
         lists = SimpleNamespace(together=1, tile_tokens=SORTED_TOKENS)
         scope = {**ROUTED, "tokens": tokens, "lists": lists}
-        cut = c_locals(SORT, "Tiles of equal size", "least tiles size", scope)
+        cut = c_locals(SORT, "Tiles of equal size", "least tiles step size", scope)
         text = c_find(SORT, ("Tiles of equal size",), "out[i]")
         text = text.replace("Tile{", "(").replace("}", ")")
         for i in range(cut["tiles"]):

@@ -67,43 +67,36 @@ def stage_copies(
     within = "void produce_stages"
     p = SimpleNamespace(rows=rows, k=k, w=0, scales=0)
     scope: dict[str, Any] = {**c, "p": p, "item": item, "stage": 0}
-    scope |= {"weights_full": "weights", "tokens_full": "tokens"}
-    scope = c_locals(PRODUCE, within, "tiles stages kBlockTiles row_tiles weight_bytes", scope)
+    scope |= {"full": lambda: "full", "kWithTokens": tokens}
+    scope = c_locals(PRODUCE, within, "tiles stages kBlockTiles row_tiles bytes", scope)
     lists: dict[str, list[int]] = {"codes": [], "scales": [], "beside": []}
     for t in range(c["kRowTiles"]):
         at = c_locals(PRODUCE, within, "tile block before", scope | {"t": t})
         for name, values in lists.items():
             values.append(c_value(c_find(PRODUCE, (within,), f"{name}[t]"), at))
     *copies, next_stage = token_copies(c, item, k, b_rows) if tokens else [0]
-    codes = c_find(PRODUCE, (within, "barrier_expect(weights_full"), "bulk_copy(")
-    scales = c_find(PRODUCE, (within, "bulk_copy(", "weights_full);"), "bulk_copy(")
+    codes = c_find(PRODUCE, (within, "barrier_expect(full()"), "bulk_copy(")
+    scales = c_find(PRODUCE, (within, "bulk_copy(", "full());"), "bulk_copy(")
     of_tokens = c_find(PRODUCE, (within, "tokens[i].bytes > 0"), "bulk_copy(")
-    expected = {
-        "weights": c_find(PRODUCE, (within,), "barrier_expect("),
-        "tokens": c_find(PRODUCE, (within,), "barrier_expect_all("),
-    }
+    expected = c_find(PRODUCE, (within,), "barrier_expect_all(" if tokens else "barrier_expect(")
     stages: list[list[Copy]] = []
     for step in range(scope["stages"]):
         stage: list[Copy] = []
         for t in range(scope["row_tiles"]):
             for what, text in (("codes", codes), ("scales", scales)):
                 *copy, barrier = c_value(text, scope | lists | {"t": t})
-                assert barrier == "weights", "another barrier"
+                assert barrier == "full", "another barrier"
                 stage.append(Copy(what, *copy))
         for i, (source, to, size) in enumerate(copies):
             one = SimpleNamespace(**{"from_": source, "to": to, "bytes": size})
             *copy, barrier = c_value(of_tokens, scope | {"tokens": {i: one}, "i": i})
-            assert barrier == "tokens", "another barrier"
+            assert barrier == "full", "another barrier"
             stage += [Copy("tokens", *copy)] if size else []
             copies[i] = source + next_stage, to, size
         stages.append(stage)
-        counted = {"weights": 0, "tokens": 0}
-        for has in stage:
-            counted["tokens" if has.what == "tokens" else "weights"] += has.size
-        for name, text in expected.items():
-            if name == "weights" or tokens:
-                assert c_value(text, scope)[1] == counted[name], "bytes expected"
-        assert c_value(expected["tokens"], scope)[2] == c["kTokenArrivals"]
+        bar, size, *arrivals = c_value(expected, scope)
+        assert (bar, size) == ("full", sum(has.size for has in stage)), "bytes expected"
+        assert arrivals == ([c["kTokenArrivals"]] if tokens else [])
         at = c_locals(PRODUCE, within, "last_cut", scope | {"step": step})
         for t in range(c["kRowTiles"]):
             more = c_locals(PRODUCE, within, "next", at | lists | {"t": t})

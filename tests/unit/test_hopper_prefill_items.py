@@ -39,7 +39,7 @@ def some_tiles(header: list[int], max_tiles: int) -> list[SimpleNamespace]:
 
 
 def down_constants() -> dict[str, Any]:
-    defines = {"W4_K": 256, "W4_TILES": 1, "W4_GROUP": 128, "W4_PER_WG": 1, "W4_WGS": 3}
+    defines = {"W4_K": 256, "W4_TILES": 1, "W4_GROUP": 128, "W4_PER_WG": 1, "W4_SORTED": 1}
     return c_constants(TABLES, defines | {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0, "W4_PARTS": 8})
 
 
@@ -90,20 +90,20 @@ def down_item(p: SimpleNamespace, slices: Slices, number: int) -> Item | None:
     return fields(TABLES, "struct Order", "kind expert first count slice step block", s)
 
 
-BLOCK = 3 * 128  # bytes of a contribution to a block
+BLOCK = 2 * 128  # bytes of a contribution to a block
 
 
 @pytest.mark.parametrize(
     ("tiles", "rows", "slots", "y_bytes"),
     [
-        (5, 704, 10, 40 * BLOCK),  # all blocks at once
+        (5, 704, 10, 60 * BLOCK),  # all blocks at once
         (7, 7168, 300, 300 * 20 * BLOCK),  # slices of different sizes
-        (7, 7168, 300, 300 * 38 * BLOCK),  # as many blocks as fit
-        (7, 7168, 300, 300 * 38 * BLOCK - 1),
+        (7, 7168, 300, 300 * 56 * BLOCK),  # as many blocks as fit
+        (7, 7168, 300, 300 * 56 * BLOCK - 1),
         (3, 7168, 1000, 2000 * BLOCK),  # a block at a time
         (1, 64, 1, 2 * BLOCK),
-        (4, 192, 0, BLOCK),  # no token has several rows
-        (4, 1280, 70, 70 * 7 * BLOCK - 1),
+        (4, 192, 0, 2 * BLOCK),  # no token has several rows
+        (4, 1280, 70, 70 * 10 * BLOCK - 1),
         (0, 7168, 0, 1000 * BLOCK),  # no rows
     ],
 )
@@ -114,7 +114,7 @@ def test_down_claims_every_block_of_every_tile_once(
     p = SimpleNamespace(header=header, slots=[slots], weights=weights, y_bytes=y_bytes)
     p.tiles = some_tiles(header, 9)
     slices = Slices(p)
-    blocks = -(-rows // 192)
+    blocks = -(-rows // 128)
     assert (slices.blocks, slices.tiles, slices.slots) == (blocks, tiles, slots)
     # Slices cover all blocks; two of them, or all where there is one, have room in y.
     runs = [slices.blocks_of(slice) for slice in range(slices.count())]
@@ -172,7 +172,7 @@ def test_a_slice_is_left_by_as_many_as_the_next_but_one_waits_for(tiles: int, ro
                 assert left[item["slice"] - 2] == target
             scope |= {"block": item["block"]}
             mine = c_value(c_find(TABLES, ("int row_tiles_of(",), "return"), scope)
-            assert mine == sum(item["block"] * 192 + wg * 64 < rows for wg in range(3))
+            assert mine == sum(item["block"] * 128 + wg * 64 < rows for wg in range(2))
             left[item["slice"]] = left.get(item["slice"], 0) + 1
         assert sum(left.values()) == tiles * slices.blocks
 

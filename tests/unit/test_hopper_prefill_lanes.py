@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -122,13 +122,13 @@ def test_tokens_arrive_as_often_in_whatever_order_they_are() -> None:
     up = (build.CSRC / "prefill_up.cu").read_text()
     assert up.count("produce_tokens(") == 1 and "queue, ring, warp - 2," in up
     within = "void produce_stages("
-    scope = SIZES | {"tokens_full": 0, "item": SimpleNamespace(count=0), "kStageK": 128}
+    scope = SIZES | {"full": lambda: 0, "bytes": 0}
     expected = c_find(PRODUCE, (within,), "barrier_expect_all(")
     assert c_value(expected, scope)[2] == SIZES["kTokenArrivals"] == 2 * 32
     alone = body[body.index("      if (mine) {", body.index(within)) :]
     alone = alone[: alone.index("\n      }\n")]
-    assert alone.count("barrier_expect_all(") == body.count("barrier_expect_all(tokens_full") == 1
-    assert alone.count("barrier_expect(weights_full") == 1
+    assert alone.count("barrier_expect_all(full()") == body.count("barrier_expect_all(full()") == 1
+    assert alone.count("barrier_expect(full()") == 1
     assert "const bool mine = chosen();" in body
 
 

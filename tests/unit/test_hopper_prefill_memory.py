@@ -17,12 +17,13 @@ from hopper_stages import stage_copies
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape, _row_order, shuffle_in_place
+from sglang_w4afp8.kernels.hopper.plan_prefill import SORTED_TOKENS
 from sglang_w4afp8.packing import pack_int4
 
 COMMON, PRODUCE, RING = "prefill.cuh", "prefill_produce.cuh", "prefill_ring.cuh"
 UP, DOWN = "prefill_up.cu", "prefill_down.cu"
 # Consumer warpgroups, row tiles of each in an item, and whether tokens are in the list's order.
-TWO, ONE, LISTED = (2, 2, 0), (2, 1, 0), (2, 1, 1)
+TWO, ONE, LISTED = (2, 0), (1, 0), (1, 1)  # row tiles of a warpgroup; the order of the list
 SHAPES = [
     # rows, K, group, gate and up
     (512, 512, 128, True, TWO),
@@ -59,7 +60,7 @@ def constants(
     rows: int,
     k: int,
     group: int,
-    cut: tuple[int, int, int] = TWO,
+    cut: tuple[int, int] = TWO,
     cluster: int = 1,
     gate_up: bool = True,
 ) -> dict[str, Any]:
@@ -67,10 +68,9 @@ def constants(
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
     defines |= {
         "W4_MINUS_EIGHT": 1,
-        "W4_WGS": cut[0],
-        "W4_PER_WG": cut[1],
+        "W4_PER_WG": cut[0],
         "W4_DYNAMIC": 0,
-        "W4_SORTED": cut[2],
+        "W4_SORTED": cut[1],
     }
     more = {"W4_PANEL": 0} if gate_up else {"W4_PARTS": 8}
     return c_constants(UP if gate_up else DOWN, defines | more | {"W4_CLUSTER": cluster})
@@ -81,7 +81,7 @@ def stages(
 ) -> list[torch.Tensor]:
     """Shared memory after a stage's copies; 0x77 where none came.
 
-    ``produce_weights`` of a CTA, or where there are three consumer warpgroups ``produce_stages``.
+    ``produce_weights`` of a CTA, or with tokens in the order of the list ``produce_stages``.
     """
     experts, rows, k = w.shape[0], w.shape[1], w.shape[2] * 2
     flat = {0: w.view(torch.uint8).flatten(), 1: s.view(torch.uint8).flatten()}
@@ -116,12 +116,14 @@ def stages(
 def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> dict[str, Any]:
     """What ``load_codes`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
     if c["kSorted"]:
-        at = scope | {"thread": scope["wg"] * 128 + scope["thread"]}
-        at = c_locals(COMMON, "void multiply_one > auto codes_at", "before", at)
-        w, s = (
-            c_value(c_find(COMMON, ("void multiply_one", f"auto {name}"), "return"), at)
-            for name in ("codes_at", "scales_at")
-        )
+        thread = scope["wg"] * 128 + scope["thread"]
+        at = c_locals(COMMON, "static Mine here()", "thread before", scope | {
+            "read_thread": lambda: thread
+        })  # fmt: skip
+        text = c_find(COMMON, ("static Mine here()",), "return").replace("Mine{", "(")
+        w, s, lane = c_value(text.replace("}", ")"), at)
+        w, s = scope["stage"] + w, scope["stage"] + s
+        assert (lane == thread % 32).all()
     else:
         at = c_locals(COMMON, "void multiply(", "w_at s_at codes scales", scope | {"half": half})
         w, s = at["codes"] + at["w_at"], at["scales"] + at["s_at"]
@@ -132,7 +134,7 @@ def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> 
 
 @pytest.mark.parametrize(("rows", "k", "group", "gate_up", "cut"), SHAPES)
 def test_fragments_are_the_rows_of_the_item(
-    rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int, int]
+    rows: int, k: int, group: int, gate_up: bool, cut: tuple[int, int]
 ) -> None:
     """``load_codes``, for every thread and scale group, on what was copied."""
     generator = torch.Generator().manual_seed(rows + k)
@@ -147,8 +149,8 @@ def test_fragments_are_the_rows_of_the_item(
     seen = torch.zeros(rows, k, dtype=torch.int32)
     for block in range(-(-rows // 64 // c["kRowTiles"])):
         for step, shared in enumerate(stages(c, packed, scales, block)):
-            for wg, half, tile in product(range(cut[0]), range(c["kHalves"]), range(cut[1])):
-                row_tile = block * c["kRowTiles"] + wg * cut[1] + tile
+            for wg, half, tile in product(range(2), range(c["kHalves"]), range(cut[0])):
+                row_tile = block * c["kRowTiles"] + wg * cut[0] + tile
                 if row_tile * 64 >= rows:
                     continue
                 at = {**c, "thread": thread, "lane": thread % 32, "wg": wg, "stage": 0}
@@ -224,7 +226,7 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
     return shared
 
 
-def operand(c: dict[str, Any], cut: tuple[int, int, int], stage: int, half: int) -> list[list[int]]:
+def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> list[list[int]]:
     """Where the matrix unit reads 16 bytes of a stage's half: of columns of K, for each token."""
     loop = "void multiply_one" if cut == LISTED else "void multiply("
     found: list[list[int]] = [[] for _ in range(c["kTokens"])]
@@ -246,6 +248,51 @@ def operand(c: dict[str, Any], cut: tuple[int, int, int], stage: int, half: int)
     return found
 
 
+def matrix_widths() -> dict[int, tuple[int, ...]]:
+    """Tokens of an instruction of the matrix unit: its accumulators, and its other operands."""
+    found: dict[int, tuple[int, ...]] = {}
+    for line in re.findall(r"^W4_MMA\((.*)\);", c_text("mma_wide.cuh"), re.M):
+        width, *numbers = map(int, line.split(", "))
+        assert width not in found
+        found[width] = tuple(numbers)
+    return found
+
+
+def test_operands_of_the_matrix_unit_are_numbered_one_after_the_other() -> None:
+    text = c_text("mma.cuh")
+    macros = dict(re.findall(r"^#define W4_((?:TEXT|SUMS)_\d+) (.*)$", text, re.M))
+
+    def expanded(name: str) -> str:
+        """Each macro is the one before, and four more."""
+        before = re.match(r"W4_((?:TEXT|SUMS)_\d+),? ", macros[name])
+        return (
+            macros[name] if before is None else expanded(before[1]) + macros[name][before.end() :]
+        )
+
+    for width, (sums, *others) in matrix_widths().items():
+        assert width % 8 == 0 and sums == width // 2 and others == [sums + i for i in range(6)]
+        quoted = expanded(f"TEXT_{sums}").replace('""', "")
+        assert quoted == '"' + ", ".join(f"%{i}" for i in range(sums)) + '"'
+        fours = expanded(f"SUMS_{sums}").replace(")W4", "), W4")
+        assert fours == ", ".join(f"W4_FOUR({i})" for i in range(0, sums, 4))
+    four = ", ".join(f'"+f"(d[i{f" + {j}" if j else ""}])' for j in range(4))
+    assert f"#define W4_FOUR(i) {four}\n" in text
+
+
+def test_a_tile_is_multiplied_with_the_fewest_columns() -> None:
+    """``with_columns``: in the order of the list there are tiles of more than 128 tokens."""
+    text = c_text(COMMON)
+    text = text[text.index("void with_columns(") :]
+    listed, others = text.split("  switch ((uniform(count) + 15) / 16) {")
+    assert "if constexpr (kSorted) {\n    switch ((uniform(count) + 7) / 8) {" in listed
+    case = r"(?:case (\d+)|default): return body.template run<(\d+)>"
+    wide = {int(of): int(columns) for of, columns in re.findall(case, listed)}
+    assert wide == {i: 8 * i for i in range(128 // 8 + 1, SORTED_TOKENS // 8 + 1)}
+    narrow = {int(of or 8): int(columns) for of, columns in re.findall(case, others)}
+    assert narrow == {i: 16 * i for i in range(1, 9)}
+    assert {*narrow.values(), *wide.values()} <= {*matrix_widths()}
+
+
 @pytest.mark.parametrize("k", [64, 128])
 @pytest.mark.parametrize("columns", range(16, 129, 16))
 def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
@@ -253,8 +300,7 @@ def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
     c = constants(128, k, 64, TWO) | {"kN": columns}
     cut = c_locals(COMMON, "void multiply(", "kFirst kSecond", c)
     assert cut["kFirst"] + cut["kSecond"] == columns and (cut["kSecond"] > 0) == (columns >= 64)
-    widths = re.findall(r"struct Mma<(\d+)>", c_text("mma_wide.cuh") + c_text("mma.cuh"))
-    assert {cut["kFirst"], cut["kSecond"]} - {0} <= {*map(int, widths)}
+    assert {cut["kFirst"], cut["kSecond"]} - {0} <= {*matrix_widths()}
     text = c_find(COMMON, ("void multiply(",), "issue<kSecond>(")
     *_, second, _ = c_value(text, cut | {"second": 0, "now": 0, "b": 0, "group": 0})
     assert second * 16 == cut["kFirst"] * c["kPanel"] and cut["kFirst"] % 8 == 0
@@ -262,7 +308,7 @@ def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
 
 @pytest.mark.parametrize("cut", [TWO, LISTED])
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320, 512])
-def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int, int]) -> None:
+def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int]) -> None:
     """``produce_tokens`` against ``panel_descriptor`` and ``column_step``."""
     c, stage = constants(128, k, 64, cut), 5 * 1024
     for step, shared in enumerate(produced_tokens(c, k, stage)):
@@ -316,13 +362,13 @@ def test_gate_and_up_end_as_the_feature_of_their_rows() -> None:
         c = constants(rows, k, 64, cut)
         order = _row_order(rows, True, 1).view(-1, 4, 8, 2)
         features = []
-        for block, wg in product(range(-(-rows // 64 // c["kRowTiles"])), range(cut[0])):
+        for block, wg in product(range(-(-rows // 64 // c["kRowTiles"])), range(2)):
             item = SimpleNamespace(block=block)
             p = SimpleNamespace(weights=SimpleNamespace(rows=rows))
             scope = {**c, "item": lambda item=item: item, "p": p, "wg": wg}
             s = c_locals(UP, "void run()", "row_tile tiles", scope)
             gathered = {}
-            for thread, t in product(range(128), range(cut[1])):
+            for thread, t in product(range(128), range(cut[0])):
                 f = c_locals(UP, "void run()", "f", {"thread": thread, "lane": thread % 32})["f"]
                 assert c["kPitch"] >= c["kFeatures"] > t * 32 + f
                 gathered[t * 32 + f] = s["row_tile"] + t, thread // 32, thread % 32 // 4

@@ -1,8 +1,8 @@
 // First kernel for rows that a dispatcher has put into slots of their experts: the token tiles.
 //
-// Row m of expert e is number e * slots + m; the first masked_m[e] are there, what follows is neither
-// read nor written. Blocks (e, 0) list the tiles of expert e, blocks (e, 1 ...) quantise its rows if
-// they came in BF16. Same lists as route.cu's, for pairs with top_k = 1.
+// Row m of expert e is number e * slots + m; the first masked_m[e] are there, what follows is
+// neither read nor written. Blocks (e, 0) list the tiles of expert e, blocks (e, 1 ...) quantise
+// its rows if they came in BF16. Same lists as route.cu's, for pairs with top_k = 1.
 #include "quantize.cuh"
 
 constexpr int kThreads = 512;

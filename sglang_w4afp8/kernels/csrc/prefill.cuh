@@ -1,11 +1,12 @@
-// What the two matrix kernels of the prefill path share: the loop over K. Who fills the ring for it:
-// prefill_produce.cuh.
+// What the two matrix kernels of the prefill path share: the loop over K. Who fills the ring for
+// it: prefill_produce.cuh.
 //
-// A work item is a tile of at most 128 tokens of one expert times 128 or 256 rows of weights for two
-// consumer warpgroups, 192 for three, each with W4_PER_WG row tiles of 64 rows; all see the same
-// tokens. The number of columns is chosen per item, in steps of 16: a tile computes no more than
-// its tokens need. Items are claimed from a counter in their order, so that an item may wait for
-// earlier ones without all CTAs being resident; results do not depend on who claims what.
+// A work item is a tile of at most 128 tokens of one expert, or of 192 in the order of the list,
+// times 128 or 256 rows of weights: two consumer warpgroups, each with W4_PER_WG row tiles of 64
+// rows, see the same tokens. The number of columns is chosen per item, in steps of 16 or 8: a tile
+// computes no more than its tokens need. Items are claimed from a counter in their order, so that
+// an item may wait for earlier ones without all CTAs being resident; results do not depend on who
+// claims what.
 #pragma once
 #include "mma_wide.cuh"
 #include "prefill_produce.cuh"
@@ -175,7 +176,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   from = place;
 }
 
-// Where a thread's codes of a stage begin, 16 bytes, and its rows' scales, 4 bytes for four threads.
+// Where this thread's codes are in a stage, 16 bytes, and its rows' scales, 4 bytes for four
+// threads.
 struct Mine {
   u32 codes, scales, lane;
   // Read here, in no register before.
@@ -186,23 +188,23 @@ struct Mine {
   }
 };
 
-// acc = the row tile of this warpgroup times kN tokens, over all of K: what three warpgroups do, of
-// which two have work for the matrix unit while one scales, adds and decodes. Codes of the next
-// scale group are on their way while this one's products are added; there are no registers to
-// decode them.
+// acc = the row tile of this warpgroup times kN tokens, over all of K: tokens in the order of the
+// list. One warpgroup has work for the matrix unit while the other scales, adds and decodes. Codes
+// of the next scale group are on their way while this one's products are added. To decode them
+// while the matrix unit works, or to add in parts, saves nothing: both take turns at the registers.
 template <int kN, class Way>
 __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
                                              Way& from, bool gathered) {
-  constexpr bool kKeep = kN < 184;
+  constexpr bool kKeep = kN < 184;  // wider tiles have no registers for it
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
   wait_listed(ring, place, gathered);
   u32 stage = ring.stage(place.slot);
-  const Mine kept_mine = Mine::here();
+  const Mine first = Mine::here();
   Codes codes;
-  load_codes(codes, stage + kept_mine.codes, stage + kept_mine.scales, 0, 0);
+  load_codes(codes, stage + first.codes, stage + first.scales, 0, 0);
 #pragma unroll 1
   for (int left = stages; left > 0; --left) {
     const u64 b = panel_descriptor(stage);
@@ -223,7 +225,7 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
       }
       mma_wait<0>();
       pin(part);
-      const Mine mine = kKeep ? kept_mine : Mine::here();
+      const Mine mine = kKeep ? first : Mine::here();
       if (last) release_stage(empty, mine.lane);
       // Half of the products are added before codes come, and take their registers.
       constexpr int kHalf = kN / 4 / 4 * 4;
@@ -241,8 +243,8 @@ __device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, c
   from = place;
 }
 
-// Calls body.run<kN>() with the fewest columns that hold `count` tokens: steps of 16, or of 8 in wide
-// tiles of the list.
+// Calls body.run<kN>() with the fewest columns that hold `count` tokens: steps of 16, or of 8 in
+// wide tiles of the list.
 template <class Body>
 __device__ __forceinline__ void with_columns(int count, Body& body) {
   if constexpr (kSorted) {

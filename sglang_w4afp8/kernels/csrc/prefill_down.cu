@@ -11,7 +11,7 @@
 // reads what it has asked for itself. Consumers that find no more items add up, too.
 //
 // Items and sums are claimed in order, and wait for tiles with smaller numbers only, so that CTAs
-// need not all be resident. Outputs are cut into slices of `per_slice` blocks of 192, tiles run
+// need not all be resident. Outputs are cut into slices of `per_slice` blocks of 128, tiles run
 // inside slices, and y holds two slices: what a slice writes takes the place of what the last but
 // one did.
 //
@@ -87,9 +87,9 @@ struct DownBody {
   }
 };
 
-// A warp that adds up, tile after tile, what tokens' rows contribute to a block. It claims tiles and
-// blocks in the order in which they are multiplied and waits for those before, so that it may fall
-// behind where tokens have their last rows, and catch up later.
+// A warp that adds up, tile after tile, what tokens' rows contribute to a block. It claims tiles
+// and blocks in the order in which they are multiplied and waits for those before, so that it may
+// fall behind where tokens have their last rows, and catch up later.
 struct Adder {
   const PrefillDownParams& p;
   const Slices& slices;

@@ -254,8 +254,8 @@ __device__ __forceinline__ int part_begin(const Step* steps, int count, u32 part
 
 // One warp: which experts a job needs. Those of all lists of the cluster, as weights come to all.
 //
-// Results are FP16 before they are weighted: times `unit`, with which none overflows that is bound by
-// 2^115, and 512, as codes are decoded to 2^-9 of them. A column's weight takes `unit` back
+// Results are FP16 before they are weighted: times `unit`, with which none overflows that is bound
+// by 2^115, and 512, as codes are decoded to 2^-9 of them. A column's weight takes `unit` back
 // (produce_tokens).
 __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
   const int lane = threadIdx.x & 31;

@@ -1,5 +1,5 @@
-// Who fills the ring of the prefill path's matrix kernels: warps that copy weights, scales and tokens
-// to its stages (prefill_ring.cuh), item after item.
+// Who fills the ring of the prefill path's matrix kernels: warps that copy weights, scales and
+// tokens to its stages (prefill_ring.cuh), item after item.
 #pragma once
 #include "prefill_ring.cuh"
 
@@ -74,17 +74,20 @@ struct NoRows {
 };
 
 // One warp: what produce_weights does where each warpgroup has one row tile, and tokens, if `rows`
-// copies any. One lane has all copies: with a lane for each, the compiler's loop over lanes takes
-// about as long as those who multiply.
+// copies any; then one barrier is for all of a stage. One lane has all copies: with a lane for
+// each, the compiler's loop over lanes takes about as long as those who multiply.
 template <class Rows>
 __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& queue,
                                                const Ring& ring, Rows rows) {
   const int tiles = p.rows / 64, stages = p.k / kStageK;
   constexpr int kBlockTiles = 2 * kLayoutTiles;
-  constexpr int kTokenCopies = Rows::kCopies > 0 ? Rows::kCopies : 1;
+  constexpr bool kWithTokens = Rows::kCopies > 0;
   const bool mine = chosen();
   Reader reader;
   Place place;
+  auto full = [&] {
+    return kWithTokens ? ring.tokens_full(place.slot, 0) : ring.weights_full(place.slot);
+  };
   for (;;) {
     Item item = reader.next(queue, ring, Rows::kReads);
     if (uniform(item.kind) == kEnd) return;
@@ -103,32 +106,30 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& qu
       scales[t] = p.scales + before * (p.k / kGroup * 2) +
                   tile % kBlockTiles * (kCuts * kTileScaleBytes);
     }
-    Copy tokens[kTokenCopies];
+    Copy tokens[kWithTokens ? Rows::kCopies : 1];
 #pragma unroll
     for (int i = 0; i < Rows::kCopies; ++i) tokens[i] = rows.copy(item, i);
-    const u32 weight_bytes = row_tiles * (kTileBytes + kTileScaleBytes);
+    const u32 bytes = row_tiles * (kTileBytes + kTileScaleBytes) +
+                      (kWithTokens ? item.count * kStageK : 0);
     for (int step = 0; step < stages; ++step) {
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       if (mine) {
         const u32 stage = ring.stage(place.slot);
-        const u32 tokens_full = ring.tokens_full(place.slot, 0);
-        const u32 weights_full = Rows::kCopies > 0 ? tokens_full : ring.weights_full(place.slot);
-        if constexpr (Rows::kCopies > 0) {
-          barrier_expect_all(tokens_full, weight_bytes + item.count * kStageK, kTokenArrivals);
+        if constexpr (kWithTokens) {
+          barrier_expect_all(full(), bytes, kTokenArrivals);
         } else {
-          barrier_expect(weights_full, weight_bytes);
+          barrier_expect(full(), bytes);
         }
 #pragma unroll
         for (int t = 0; t < kRowTiles; ++t) {
           if (t >= row_tiles) break;
-          bulk_copy(stage + kWeightsAt + t * kTileBytes, codes[t], kTileBytes, weights_full);
-          bulk_copy(stage + kScalesAt + t * kTileScaleBytes, scales[t], kTileScaleBytes,
-                    weights_full);
+          bulk_copy(stage + kWeightsAt + t * kTileBytes, codes[t], kTileBytes, full());
+          bulk_copy(stage + kScalesAt + t * kTileScaleBytes, scales[t], kTileScaleBytes, full());
         }
 #pragma unroll
         for (int i = 0; i < Rows::kCopies; ++i) {
           if (tokens[i].bytes > 0) {
-            bulk_copy(stage + tokens[i].to, tokens[i].from, tokens[i].bytes, tokens_full);
+            bulk_copy(stage + tokens[i].to, tokens[i].from, tokens[i].bytes, full());
           }
         }
       }

@@ -20,19 +20,16 @@ constexpr bool kMinusEight = W4_MINUS_EIGHT != 0;
 #define W4_CLUSTER 1
 #endif
 constexpr int kCluster = W4_CLUSTER;
-#ifndef W4_WGS
-#define W4_WGS 2
-#endif
-constexpr int kWgs = W4_WGS;
+constexpr int kWgs = 2;  // consumer warpgroups
 // Whether tokens are in the order of the list, if all of them have room (prefill_sort.cuh, Sorted).
 #ifndef W4_SORTED
 #define W4_SORTED 0
 #endif
 constexpr bool kSorted = W4_SORTED != 0;
 constexpr int kTokens = kSorted ? 192 : 128;  // most of a tile
-// With two warpgroups a stage of the ring is a stage of the layout: its weights come in one or two
-// large copies, as many small ones do not fill the memory's bandwidth. Tokens come in halves of 128
-// columns. With three a stage of the layout is cut into stages of 128 columns.
+// A stage of the ring is a stage of the layout: its weights come in one or two large copies, as
+// many small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns. With
+// tokens in the order of the list a stage of the layout is cut into stages of 128 columns.
 constexpr int kCuts = kSorted && kSpan == 256 ? 2 : 1;
 constexpr int kStageK = kSpan / kCuts;
 constexpr int kHalves = kStageK == 256 ? 2 : 1;
@@ -189,8 +186,8 @@ __device__ __forceinline__ void release_stage(u32 empty, u32 lane) {
   }
 }
 
-// Until a stage is there of a call with tokens in the order of the list: then one barrier is for all of
-// it, as one warp copies all. `gathered`: tokens were copied by lanes.
+// Until a stage is there of a call with tokens in the order of the list: then one barrier is for
+// all of it, as one warp copies all. `gathered`: tokens were copied by lanes.
 template <class Way>
 __device__ __forceinline__ void wait_listed(const Ring& ring, const Way& place, bool gathered) {
   barrier_wait(ring.tokens_full(place.slot, 0), place.parity());
@@ -200,9 +197,9 @@ __device__ __forceinline__ void wait_listed(const Ring& ring, const Way& place, 
   }
 }
 
-// Lets the stages of an item without tokens pass, or without rows for this warpgroup. Waits for this
-// CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind cannot
-// tell the phases of its barriers apart any more.
+// Lets the stages of an item without tokens pass, or without rows for this warpgroup. Waits for
+// this CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind
+// cannot tell the phases of its barriers apart any more.
 template <class Way>
 __device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place, bool gathered) {
   for (int i = 0; i < stages; ++i) {
@@ -246,8 +243,8 @@ __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
   return ring;
 }
 
-// The register file is the consumers'. A CTA begins with 168 for each of 384 threads; what they take
-// is what the others give, or less: who asked for more would wait for ever.
+// The register file is the consumers'. A CTA begins with 168 for each of 384 threads; what they
+// take is what the others give, or less: who asked for more would wait for ever.
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kSorted ? 224 : 232));
 }

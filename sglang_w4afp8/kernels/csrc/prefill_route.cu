@@ -1,4 +1,5 @@
-// First kernel of the prefill path: the pairs sorted by expert, and x in FP8, or the first rows of it.
+// First kernel of the prefill path: the pairs sorted by expert, and x in FP8, or the first rows of
+// it.
 //
 // A list is a run of tokens whose (token, k) pairs are sorted by expert; the matrix kernels may
 // want lists of different lengths. The first blocks sort: each counts its part of the pairs,
@@ -137,8 +138,8 @@ __device__ void serve_list(const PrefillRouteParams& p, int worker, int workers,
 __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps) {
   const u16* scales = p.own.w2_scale + static_cast<u64>(expert) * p.own.expert_scales;
   const int tid = threadIdx.x;
-  // Without signs the order of bits is that of numbers. 2^-100 at least: with less, the power of two
-  // for results would have no room, and weights would have to make up for it (describe_jobs).
+  // Without signs the order of bits is that of numbers. 2^-100 at least: with less, the power of
+  // two for results would have no room, and weights would have to make up for it (describe_jobs).
   u32 largest = 0x0d800000u;
   auto see = [&](u32 bits) {
     if (bits < 0x7f800000u) largest = max(largest, bits);

@@ -101,10 +101,10 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
     before += i < part ? n : 0;
     tokens += n;
   }
-  // Tiles of equal size, in steps of 16 columns; the last may be left without tokens.
+  // Tiles of equal size, in steps of columns; the last may be left without tokens.
   const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
-  const int step = lists.tile_tokens > 128 ? 8 : 16;
+  const int step = lists.tile_tokens > 128 ? 8 : 16;  // as prefill.cuh, with_columns
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + step - 1) / step * step : 0;
   int pair_sum = tokens, tile_sum = tiles;
   for (int d = 1; d < 32; d <<= 1) {
@@ -193,7 +193,7 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, in
       const int e = mine[i] & (kMaxExperts - 1);
       row = first[e] + mine[i] / kMaxExperts;
       p.up.columns[list + row] = pair;
-      column = (row - counts[e]) & 7;  // tiles have multiples of 16
+      column = (row - counts[e]) & 7;  // tiles have multiples of 8
     }
     __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
            static_cast<u32>(row) | static_cast<u64>(column) << 32);

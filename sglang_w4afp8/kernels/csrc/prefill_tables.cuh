@@ -91,8 +91,8 @@ __shared__ Queue queue;
 // Of a CTA's n-th item.
 __device__ __forceinline__ u32 phase_of(int n) { return n & 1; }
 
-// Shared memory behind the stages: results of the warpgroups, to whom an item's columns belong, what
-// the warps have that add up, columns' scales, and barriers.
+// Shared memory behind the stages: results of the warpgroups, to whom an item's columns belong,
+// what the warps have that add up, columns' scales, and barriers.
 struct Tables {
   u32 out, owners, adders, scales, bars;
   __device__ __forceinline__ static constexpr int bytes() {

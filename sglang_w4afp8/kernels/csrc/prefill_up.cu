@@ -1,7 +1,8 @@
 // Gate and up of the prefill path: w13 times the tokens of each expert, SiLU(gate)*up, FP8.
 //
-// See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see q_piece. With per-token scales the products go to `inner` in FP32
-// and whoever completes a tile quantises its rows (W4_DYNAMIC=1).
+// See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see
+// q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a tile
+// quantises its rows (W4_DYNAMIC=1).
 #include "prefill.cuh"
 #include "prefill_listed.cuh"
 #include "units.cuh"
@@ -216,7 +217,7 @@ struct UpBody {
   __device__ __forceinline__ void finish_tile(const int* pairs, Rows row_of, int width) {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
     const int row_tiles = p.weights.rows / 64;
-    // A warpgroup of three without a row tile has nothing to do with the item.
+    // A warpgroup without a row tile has nothing to do with the item.
     const int arrivals = kSorted ? row_tiles : kWgs * ((row_tiles + kRowTiles - 1) / kRowTiles);
     if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
     for (int c = thread >> 5; c < item().count; c += 4) {

@@ -41,8 +41,8 @@ struct RowScales {
   }
 };
 
-// Consumer: the sum of one group of weights, times the tokens' scales there. `t`: this thread's first
-// two columns of the stage's scales.
+// Consumer: the sum of one group of weights, times the tokens' scales there. `t`: this thread's
+// first two columns of the stage's scales.
 template <class S>
 __device__ __forceinline__ void scale_tokens(float (&part)[S::kAcc], u32 t, int group) {
   t += group * S::kGroup / RowScales<S>::kSpan * S::kTokens * 4;

@@ -4,9 +4,9 @@
 ``down`` are persistent kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own
 outputs, tokens of ``up`` are gathered into tiles of at most 128 by 256 weight rows, and where
 experts have 256 rows and about one tile or two, the CTAs of ``up`` form pairs (clusters) that share
-an expert's weights. With a longer K tokens lie in the order of the list, tiles have 192 weight
-rows, and what several experts contribute to a token goes from tile to tile of ``down`` through
-slots in memory.
+an expert's weights. With a longer K tokens lie in the order of the list, tiles have at most 192
+tokens and 128 weight rows, and what several experts contribute to a token goes from tile to tile of
+``down`` through slots in memory.
 """
 
 from __future__ import annotations
@@ -181,11 +181,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
     room = CTA_SHARED_BYTES - static - fixed
     ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, SORTED_TOKENS, room)
-    more: tuple[tuple[str, int], ...] = (
-        ("W4_PER_WG", 1),
-        ("W4_WGS", SORTED_WARPGROUPS),
-        ("W4_SORTED", 1),
-    )
+    more: tuple[tuple[str, int], ...] = (("W4_PER_WG", 1), ("W4_SORTED", 1))
     if up:
         more += (("W4_PANEL", _panel(layer.down.stage_k)),)
     else:
