@@ -115,18 +115,22 @@ def stages(
 
 def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> dict[str, Any]:
     """What ``load_codes`` is given for a row tile of a warpgroup: ``w`` and ``s``."""
-    if c["kSorted"]:
-        thread = scope["wg"] * 128 + scope["thread"]
-        at = c_locals(COMMON, "static Mine here()", "thread before", scope | {
-            "read_thread": lambda: thread
-        })  # fmt: skip
-        text = c_find(COMMON, ("static Mine here()",), "return").replace("Mine{", "(")
-        w, s, lane = c_value(text.replace("}", ")"), at)
-        w, s = scope["stage"] + w, scope["stage"] + s
-        assert (lane == thread % 32).all()
-    else:
-        at = c_locals(COMMON, "void multiply(", "w_at s_at codes scales", scope | {"half": half})
-        w, s = at["codes"] + at["w_at"], at["scales"] + at["s_at"]
+    thread = scope["wg"] * 128 + scope["thread"]
+    at = c_locals(COMMON, "static Mine here()", "thread before", scope | {
+        "read_thread": lambda: thread
+    })  # fmt: skip
+    text = c_find(COMMON, ("static Mine here()",), "return").replace("Mine{", "(")
+    w, s, lane = c_value(text.replace("}", ")"), at)
+    assert (lane == thread % 32).all()
+    within, names = "void multiply(", ("codes_at", "scales_at")
+    here, before = (
+        c_locals(COMMON, within, " ".join(names), scope | {"half": i}) for i in (half, 0)
+    )
+    if half > 0:  # the way there
+        for name in names:
+            more = c_value(c_find(COMMON, (within,), f"{name} +="), here)
+            assert here[name] == before[name] + half * more
+    w, s = here["codes_at"] + w, here["scales_at"] + s
     found = scope | {"w": w, "s": s, "tile": tile, "group": 0}
     more = c_value(c_find(COMMON, ("void load_codes",), "w +="), found)
     return found | {"w": w + more}
@@ -228,7 +232,7 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
 
 def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> list[list[int]]:
     """Where the matrix unit reads 16 bytes of a stage's half: of columns of K, for each token."""
-    loop = "void multiply_one" if cut == LISTED else "void multiply("
+    loop = "void multiply("
     found: list[list[int]] = [[] for _ in range(c["kTokens"])]
     scope = {**c, "stage": stage, "half": half}
     scope["address"] = c_value(c_find(COMMON, (loop,), "panel_descriptor("), scope)
@@ -291,19 +295,6 @@ def test_a_tile_is_multiplied_with_the_fewest_columns() -> None:
     narrow = {int(of or 8): int(columns) for of, columns in re.findall(case, others)}
     assert narrow == {i: 16 * i for i in range(1, 9)}
     assert {*narrow.values(), *wide.values()} <= {*matrix_widths()}
-
-
-@pytest.mark.parametrize("k", [64, 128])
-@pytest.mark.parametrize("columns", range(16, 129, 16))
-def test_a_wide_tile_is_two_parts_of_its_columns(columns: int, k: int) -> None:
-    """Of ``multiply``: the second begins where the first ends, with a whole group of rows."""
-    c = constants(128, k, 64, TWO) | {"kN": columns}
-    cut = c_locals(COMMON, "void multiply(", "kFirst kSecond", c)
-    assert cut["kFirst"] + cut["kSecond"] == columns and (cut["kSecond"] > 0) == (columns >= 64)
-    assert {cut["kFirst"], cut["kSecond"]} - {0} <= {*matrix_widths()}
-    text = c_find(COMMON, ("void multiply(",), "issue<kSecond>(")
-    *_, second, _ = c_value(text, cut | {"second": 0, "now": 0, "b": 0, "group": 0})
-    assert second * 16 == cut["kFirst"] * c["kPanel"] and cut["kFirst"] % 8 == 0
 
 
 @pytest.mark.parametrize("cut", [TWO, LISTED])

@@ -127,7 +127,7 @@ def in_order(within: str, *statements: str) -> None:
 def test_the_simulation_follows_the_kernel() -> None:
     scaled = "barrier_wait(tables.scaled(), phase_of("
     in_order(
-        "struct DownBody > void run()", "multiply_one", scaled + "place.number()))",
+        "struct DownBody > void run()", "multiply<kN>(", scaled + "place.number()))",
         "named_sync(1 + wg, 128);", "lds64(tables.scales", "sts32(", "sts32(",
     )  # fmt: skip
     in_order(

@@ -52,11 +52,6 @@ __device__ __forceinline__ void decode(Fragment& f, const Codes& c) {
     }
   }
 }
-__device__ __forceinline__ void load_fragment(Fragment& f, u32 w, u32 s, int tile, int group) {
-  Codes c;
-  load_codes(c, w, s, tile, group);
-  decode(f, c);
-}
 
 // Descriptor of a panel: swizzled rows, 8 of them every 8 * kPanel bytes.
 __device__ __forceinline__ u64 panel_descriptor(u32 address) {
@@ -94,150 +89,92 @@ __device__ __forceinline__ void add(float (&acc)[kAll], const float (&part)[kHav
     to[0] += v[0] * s0, to[1] += v[1] * s0, to[2] += v[2] * s1, to[3] += v[3] * s1;
   }
 }
-// Adds them, times the scales of the fragment's rows, from accumulator kAt on.
-template <int kAt, int kAll, int kCount>
-__device__ __forceinline__ void add(float (&acc)[kAll], float (&part)[kCount], u32 scales) {
-  add<kAt, 0, kCount>(acc, part, scales);
-}
 
-// acc[t] = row tile t of this warpgroup times kN tokens, over all of K. While the matrix unit works
-// on one scale group the next one's codes are loaded and decoded. A wide tile's columns are two
-// parts: the first is added up while the matrix unit works on the second.
-template <int kN>
-__device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
-                                         const Ring& ring, Place& from) {
-  Place place{uniform(from.slot), static_cast<u32>(uniform(from.phase))};
-  const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
-  constexpr int kParts = kPerWg * kGroups;  // of a half
-  constexpr int kFirst = kN < 64 ? kN : kN == 112 ? 64 : kN / 2, kSecond = kN - kFirst;
-  const u32 w_at = kWeightsAt + wg * kPerWg * kTileBytes + thread * 16;
-  const u32 s_at = kScalesAt + wg * kPerWg * kTileScaleBytes +
-                   ((thread >> 5) * 8 + (lane >> 2)) * 4;
-#pragma unroll
-  for (int t = 0; t < kPerWg; ++t) {
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) acc[t][i] = 0.0f;
-  }
-  Fragment f[2];
-  u32 stage = ring.stage(place.slot);
-  barrier_wait(ring.weights_full(place.slot), place.phase);
-  load_fragment(f[0], stage + w_at, stage + s_at, 0, 0);
-  const int halves = stages * kHalves;
-#pragma unroll 1
-  for (int i = 0; i < halves; ++i) {
-    const int half = i % kHalves;
-    const bool last_half = half == kHalves - 1;
-    const u32 codes = stage + half * (kK * 32), scales = stage + half * (kGroups * 128);
-    const u64 b = panel_descriptor(stage + half * kTokenBytes);
-    barrier_wait(ring.tokens_full(place.slot, half), place.phase);
-    fence_async_proxy();  // the copies were ordinary writes; the matrix unit reads past them
-#pragma unroll
-    for (int at = 0; at < kParts; ++at) {
-      const int tile = at % kPerWg, group = at / kPerWg;
-      Fragment& now = f[at & 1];
-      Fragment& then = f[(at + 1) & 1];
-      float first[kFirst / 2], second[kSecond > 0 ? kSecond / 2 : 1];
-      issue<kFirst>(first, now, b, group);
-      if constexpr (kSecond > 0) issue<kSecond>(second, now, b + kFirst * kPanel / 16, group);
-      if (at + 1 < kParts) {
-        load_fragment(then, codes + w_at, scales + s_at, (at + 1) % kPerWg, (at + 1) / kPerWg);
-      } else if (!last_half) {
-        load_fragment(then, codes + kK * 32 + w_at, scales + kGroups * 128 + s_at, 0, 0);
-      } else {
-        place.advance(ring.size);
-        stage = ring.stage(place.slot);
-        if (i + 1 < halves) {
-          barrier_wait(ring.weights_full(place.slot), place.phase);
-          load_fragment(then, stage + w_at, stage + s_at, 0, 0);
-        }
-      }
-      if constexpr (kSecond > 0) {
-        mma_wait<1>();
-        pin(first);
-        add<0>(acc[tile], first, now.scales);
-      }
-      mma_wait<0>();
-      if constexpr (kSecond > 0) {
-        pin(second);
-      } else {
-        pin(first);
-      }
-      if (at + 1 == kParts && last_half) {
-        release_stage(ring.empty(place.before(ring.size)), read_lane());
-      }
-      if constexpr (kSecond > 0) {
-        add<kFirst / 2>(acc[tile], second, now.scales);
-      } else {
-        add<0>(acc[tile], first, now.scales);
-      }
-    }
-    if constexpr (kParts % 2) f[0] = f[1];
-  }
-  from = place;
-}
-
-// Where this thread's codes are in a stage, 16 bytes, and its rows' scales, 4 bytes for four
-// threads.
+// Where this thread's codes of a warpgroup's first row tile are in a stage, 16 bytes, and its rows'
+// scales, 4 bytes for four threads.
 struct Mine {
   u32 codes, scales, lane;
   // Read here, in no register before.
   __device__ __forceinline__ static Mine here() {
     const u32 thread = read_thread(), before = thread & ~127u;  // threads of warpgroups before
-    return Mine{kWeightsAt + (thread + before * (kTileBytes / 2048 - 1)) * 16,
-                kScalesAt + (thread & ~3u) + before * (kTileScaleBytes / 128 - 1), thread & 31};
+    return Mine{kWeightsAt + (thread + before * (kPerWg * kTileBytes / 2048 - 1)) * 16,
+                kScalesAt + (thread & ~3u) + before * (kPerWg * kTileScaleBytes / 128 - 1),
+                thread & 31};
   }
 };
 
-// acc = the row tile of this warpgroup times kN tokens, over all of K: tokens in the order of the
-// list. One warpgroup has work for the matrix unit while the other scales, adds and decodes. Codes
-// of the next scale group are on their way while this one's products are added. To decode them
-// while the matrix unit works, or to add in parts, saves nothing: both take turns at the registers.
+// acc[t] = row tile t of this warpgroup times kN tokens, over all of K. One warpgroup has work for
+// the matrix unit while the other scales, adds and decodes. Codes of the next scale group or row
+// tile are on their way while one's products are added. To decode them while the matrix unit works,
+// or to add columns in parts, costs more than it saves (docs/kernels.md). `gathered`: lanes copied
+// the tokens.
 template <int kN, class Way>
-__device__ __forceinline__ void multiply_one(float (&acc)[kN / 2], int stages, const Ring& ring,
-                                             Way& from, bool gathered) {
+__device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
+                                         const Ring& ring, Way& from, bool gathered) {
   constexpr bool kKeep = kN < 184;  // wider tiles have no registers for it
+  constexpr int kParts = kPerWg * kGroups;  // of a half
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
+  auto wait = [&](int half) {
+    if constexpr (kSorted) {
+      wait_listed(ring, place, gathered);
+    } else {
+      if (half == 0) barrier_wait(ring.weights_full(place.slot), place.parity());
+      barrier_wait(ring.tokens_full(place.slot, half), place.parity());
+      fence_async_proxy();  // the matrix unit reads past ordinary writes
+    }
+  };
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) acc[i] = 0.0f;
-  wait_listed(ring, place, gathered);
+  for (int t = 0; t < kPerWg; ++t) {
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) acc[t][i] = 0.0f;
+  }
+  wait(0);
   u32 stage = ring.stage(place.slot);
   const Mine first = Mine::here();
   Codes codes;
   load_codes(codes, stage + first.codes, stage + first.scales, 0, 0);
 #pragma unroll 1
-  for (int left = stages; left > 0; --left) {
-    const u64 b = panel_descriptor(stage);
+  for (int left = stages * kHalves; left > 0; --left) {
+    const int half = kHalves - 1 - (left - 1) % kHalves;
+    u32 codes_at = stage + half * (kK * 32), scales_at = stage + half * (kGroups * 128);
+    const u64 b = panel_descriptor(stage + half * kTokenBytes);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int part = 0; part < kParts; ++part) {
       Fragment f;
       decode(f, codes);
 #pragma unroll
       for (int j = 0; j < kSteps * 4; ++j) f.a[j] = kept(f.a[j]);
-      float part[kN / 2];
-      issue<kN>(part, f, b, group);
-      const bool last = group + 1 == kGroups;
+      float products[kN / 2];
+      issue<kN>(products, f, b, part / kPerWg);
+      const bool last = part + 1 == kParts, last_half = half + 1 == kHalves;
       const u32 empty = ring.empty(place.slot);
       if (last) {
-        place.advance(ring.size);
-        stage = ring.stage(place.slot);
-        if (left > 1) wait_listed(ring, place, gathered);
+        if (last_half) {
+          place.advance(ring.size);
+          codes_at = scales_at = stage = ring.stage(place.slot);
+        } else {
+          codes_at += kK * 32, scales_at += kGroups * 128;
+        }
+        if (left > 1) wait(last_half ? 0 : 1);
       }
       mma_wait<0>();
-      pin(part);
+      pin(products);
       const Mine mine = kKeep ? first : Mine::here();
-      if (last) release_stage(empty, mine.lane);
+      if (last && last_half) release_stage(empty, mine.lane);
       // Half of the products are added before codes come, and take their registers.
-      constexpr int kHalf = kN / 4 / 4 * 4;
-      add<0, 0, kHalf>(acc, part, f.scales);
-      u32 w = stage + mine.codes, s = stage + mine.scales;
+      constexpr int kFirst = kN / 4 / 4 * 4;
+      float (&sums)[kN / 2] = acc[part % kPerWg];
+      add<0, 0, kFirst>(sums, products, f.scales);
+      u32 w = codes_at + mine.codes, s = scales_at + mine.scales;
       if (!kKeep) w = kept(w), s = kept(s);
       if (!last || left > 1) {
-        load_codes(codes, w, s, 0, last ? 0 : group + 1);
+        const int next = last ? 0 : part + 1;
+        load_codes(codes, w, s, next % kPerWg, next / kPerWg);
       } else {
         forget(codes);  // or the last ones would keep their registers
       }
-      add<kHalf, kHalf, kN / 2 - kHalf>(acc, part, f.scales);
+      add<kFirst, kFirst, kN / 2 - kFirst>(sums, products, f.scales);
     }
   }
   from = place;

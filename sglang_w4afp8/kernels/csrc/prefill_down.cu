@@ -47,8 +47,9 @@ struct DownBody {
 
   template <int kN>
   __device__ __forceinline__ void run() {
-    float acc[kN / 2];
-    multiply_one<kN>(acc, p.weights.k / kStageK, ring, place, false);
+    float all[1][kN / 2];
+    multiply<kN>(all, p.weights.k / kStageK, ring, place, false);
+    const float (&acc)[kN / 2] = all[0];
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     // Row c of `out`: results of this column for the block's outputs.
     const u32 mine = tables.out + wg * 128 + (thread >> 5) * 32 + (lane >> 2) * 4;

@@ -151,11 +151,7 @@ struct UpBody {
   template <int kN>
   __device__ __forceinline__ void run() {
     float acc[kPerWg][kN / 2];
-    if constexpr (kSorted) {
-      multiply_one<kN>(acc[0], p.weights.k / kStageK, ring, place, *p.total > p.room);
-    } else {
-      multiply<kN>(acc, p.weights.k / kSpan, ring, place);
-    }
+    multiply<kN>(acc, p.weights.k / kStageK, ring, place, !kSorted || *p.total > p.room);
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
     const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
