@@ -46,7 +46,6 @@ SORTED_WARPGROUPS = 2
 the matrix unit while the other scales and adds."""
 SORTED_TOKENS = 192
 """Most tokens of a tile there: decoding weights is paid for each tile."""
-SORTED_THREADS = (SORTED_WARPGROUPS + 1) * 128
 SORTED_STAGE_K = 128
 ROOM = 2.5
 """Rows of x in the order of the list, for every token: with expert parallelism tokens have fewer
@@ -191,7 +190,7 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
         "w4a8_prefill_up" if up else "w4a8_prefill_down",
         _defines(layer, up) + more,
     )
-    return Launch(kernel, (sms, 1), SORTED_THREADS, fixed + stages, ring, SORTED_TOKENS)
+    return Launch(kernel, (sms, 1), THREADS, fixed + stages, ring, SORTED_TOKENS)
 
 
 def most_prefill_tokens(layer: Layer, sms: int) -> int:
