@@ -16,6 +16,7 @@ from hopper_route import Route, cut_tiles
 from sglang_w4afp8.kernels.hopper import plan_prefill
 from sglang_w4afp8.kernels.hopper.plan import Layer
 from sglang_w4afp8.kernels.hopper.plan_lists import TILE_TOKENS, Lists
+from sglang_w4afp8.kernels.hopper.plan_prefill import SORTED_TOKENS
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 
@@ -35,21 +36,22 @@ ROUTES: list[tuple[int, int, int, Callable[[int, int], list[int]]]] = [
 ]
 
 
-@pytest.mark.parametrize("together", [1, 2])
-def test_tiles_of_an_expert_are_shared_out(together: int) -> None:
+@pytest.mark.parametrize(
+    ("together", "most", "step"),
+    [(1, TILE_TOKENS, 16), (2, TILE_TOKENS, 16), (1, SORTED_TOKENS, 8)],
+)
+def test_tiles_of_an_expert_are_shared_out(together: int, most: int, step: int) -> None:
     """For every number of tokens: whole clusters, each with tokens, and of about equal size."""
     for tokens in range(1, 5000):
-        tiles = cut_tiles(
-            7, 100, tokens, SimpleNamespace(together=together, tile_tokens=TILE_TOKENS)
-        )
+        tiles = cut_tiles(7, 100, tokens, SimpleNamespace(together=together, tile_tokens=most))
         counts = [count for _, _, count in tiles]
-        assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // TILE_TOKENS)
-        assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= TILE_TOKENS
+        assert len(tiles) % together == 0 and len(tiles) - together < -(-tokens // most)
+        assert sum(counts) == tokens and 0 <= min(counts) <= max(counts) <= most
         assert all(counts[::together]), "a cluster without work"
         full = [count for count in counts if count]
         assert len(counts) - len(full) < together and counts[: len(full)] == full
-        assert len({*full[:-1]}) <= 1 and all(count % 16 == 0 for count in full[:-1])
-        assert max(counts) - tokens / len(tiles) < 16, "wider than an equal share needs"
+        assert len({*full[:-1]}) <= 1 and all(count % step == 0 for count in full[:-1])
+        assert max(counts) - tokens / len(tiles) < step, "wider than an equal share needs"
         at = 100
         for expert, first, count in tiles:
             assert expert == 7 and (first == at or count == 0)

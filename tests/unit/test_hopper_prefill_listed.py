@@ -18,6 +18,8 @@ import torch
 from hopper_sorted import LISTED, ROUTE, ROUTED
 from kernel_source import c_find, c_locals, c_text, c_value
 
+from sglang_w4afp8.kernels.hopper.plan_prefill import SORTED_TOKENS
+
 BLOCK, UNIT = ROUTED["kBlockRows"], ROUTED["kUnitRows"]
 BROKEN = {
     "no wait for the last block": ("wanted", "end / kBlockRows"),
@@ -107,7 +109,7 @@ class Call:
         tiles = []
         first = 0
         while first < self.total:
-            tiles.append((first, min(self.order.randint(1, 128), self.total - first)))
+            tiles.append((first, min(self.order.randint(1, SORTED_TOKENS), self.total - first)))
             first += tiles[-1][1]
         warps: list[Iterator[None]] = []
         for cta in range(self.ctas):

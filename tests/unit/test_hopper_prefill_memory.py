@@ -22,8 +22,8 @@ from sglang_w4afp8.packing import pack_int4
 
 COMMON, PRODUCE, RING = "prefill.cuh", "prefill_produce.cuh", "prefill_ring.cuh"
 UP, DOWN = "prefill_up.cu", "prefill_down.cu"
-# Consumer warpgroups, row tiles of each in an item, and whether tokens are in the list's order.
-TWO, ONE, LISTED = (2, 0), (1, 0), (1, 1)  # row tiles of a warpgroup; the order of the list
+# Row tiles of a warpgroup in an item, and whether tokens are in the order of the list.
+TWO, ONE, LISTED = (2, 0), (1, 0), (1, 1)
 SHAPES = [
     # rows, K, group, gate and up
     (512, 512, 128, True, TWO),
@@ -230,12 +230,11 @@ def produced_tokens(c: dict[str, Any], k: int, stage: int) -> list[dict[int, tup
     return shared
 
 
-def operand(c: dict[str, Any], cut: tuple[int, int], stage: int, half: int) -> list[list[int]]:
+def operand(c: dict[str, Any], stage: int, half: int) -> list[list[int]]:
     """Where the matrix unit reads 16 bytes of a stage's half: of columns of K, for each token."""
-    loop = "void multiply("
     found: list[list[int]] = [[] for _ in range(c["kTokens"])]
     scope = {**c, "stage": stage, "half": half}
-    scope["address"] = c_value(c_find(COMMON, (loop,), "panel_descriptor("), scope)
+    scope["address"] = c_value(c_find(COMMON, ("void multiply(",), "panel_descriptor("), scope)
     scope = c_locals(COMMON, "u64 panel_descriptor", "kSwizzle", scope)
     begin = c_value(c_find(COMMON, ("u64 panel_descriptor",), "return"), scope)
     number = c_find(COMMON, ("void issue(", "Mma<"), "column_step(").split(")")[0]
@@ -306,7 +305,7 @@ def test_panels_are_swizzled_as_wgmma_reads_them(k: int, cut: tuple[int, int]) -
         assert sorted(shared) == list(range(stage, stage + c["kHalves"] * c["kTokenBytes"], 16))
         for half in range(c["kHalves"]):
             first = step * c["kStageK"] + half * c["kK"]
-            for token, addresses in enumerate(operand(c, cut, stage, half)):
+            for token, addresses in enumerate(operand(c, stage, half)):
                 columns = [(token, first + 16 * i) for i in range(c["kK"] // 16)]
                 assert [shared[address] for address in addresses] == columns
 
@@ -316,8 +315,8 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
     """What gate and up write, through down's copies, to where the matrix unit wants it."""
     c, stage, b_rows = constants(64, k, group, LISTED, gate_up=False), 5 * 1024, 1000
     up = constants(2 * k, 512, group, LISTED) | {"kOutPanel": c["kPanel"], "kColumns": c["kPanel"]}
-    # Tiles of an expert begin at any row; the next ones a multiple of 16 rows behind.
-    for first, before, count in ((0, 0, 128), (37, 0, 48), (37, 48, 33), (901, 96, 3)):
+    # Tiles of an expert begin at any row; the next ones a multiple of 8 rows behind.
+    for first, before, count in ((0, 0, 192), (37, 0, 48), (37, 152, 133), (901, 96, 3)):
         q, p = {}, SimpleNamespace(q=0, q_rows=b_rows, rows=None)
         for column, feature in product(range(count), range(0, k, 16)):
             scope = up | {"p": p, "c": column, "row": first + before + column, "kSorted": 1}
@@ -334,7 +333,7 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
                 memory |= {stage + one.to + i: q[one.source + i] for i in range(0, one.size, 16)}
         for step, memory in enumerate(shared):
             assert len(memory) * 16 == count * c["kStageK"], "what the barrier expects"
-            for token, addresses in enumerate(operand(c, LISTED, stage, 0)[:count]):
+            for token, addresses in enumerate(operand(c, stage, 0)[:count]):
                 columns = [(token, step * c["kStageK"] + 16 * i) for i in range(c["kK"] // 16)]
                 assert [memory[address] for address in addresses] == columns
 

@@ -111,7 +111,7 @@ def copies(c: dict[str, Any], tile: Tile, k: int, rows: int) -> list[list[tuple[
     item = SimpleNamespace(first=tile.first, count=tile.count, block=0, expert=0)
     return [
         [(one.to, one.source, one.size) for one in stage if one.what == "tokens"]
-        for stage in stage_copies(c, item, k, 192, rows)
+        for stage in stage_copies(c, item, k, 128, rows)
     ]
 
 
@@ -178,7 +178,7 @@ def test_the_pieces_of_a_panel_are_all_of_a_tile(blocks: bool, stage_k: int) -> 
     """Wherever a tile begins; the lists above have tiles at few places of a block."""
     c = constants(UP if blocks else DOWN, stage_k)
     for first in range(0, 2 * c["kBlockRows"]):
-        for count in (1, 7, 63, 64, 65, 127, c["kTokens"]):
+        for count in (1, 7, 8, 127, 128, 129, c["kTokens"]):
             copies(c, Tile(0, 0, first, count), stage_k, 4096)  # all bytes, else it fails
             item = SimpleNamespace(first=first, count=count)
             assert sum(size for _, _, size in token_copies(c, item, stage_k, 4096)[:-1]) > 0

@@ -175,3 +175,20 @@ def test_the_simulation_follows_the_kernel() -> None:
         "void wait_slice(", "slice < 2 || free_below > slice - 2) return", "ld.acquire.gpu",
         "p.left + slice - 2", "< target", "free_below = slice - 1",
     )  # fmt: skip
+
+
+def test_a_stage_is_waited_for_as_it_was_copied() -> None:
+    """One barrier where one lane copies all of it; two where lanes gather tokens."""
+    in_order(
+        "void wait_listed(", "barrier_wait(ring.tokens_full(place.slot, 0)", "if (gathered) {",
+        "barrier_wait(ring.weights_full(place.slot)", "fence_async_proxy();",
+    )  # fmt: skip
+    in_order("void pass(", "wait_listed(ring, place, gathered)", "release_stage(")
+    in_order("void multiply(", "wait_listed(ring, place, gathered)", "wait(0);")
+    up = c_text("prefill_up.cu")
+    assert (
+        "multiply<kN>(acc, p.weights.k / kStageK, ring, place, !kSorted || *p.total > p.room);"
+        in up
+    )
+    assert "const bool listed = kSorted && *p.total <= p.room;" in up
+    assert "ring, body.place, kSorted && *p.total > p.room);" in up

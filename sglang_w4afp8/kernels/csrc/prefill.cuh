@@ -64,7 +64,7 @@ __device__ __forceinline__ constexpr u64 column_step(int j) {
   return (j * 32 / kPanel * (kTokens * kPanel) + j * 32 % kPanel) / 16;
 }
 
-// Some columns' products of a fragment and a panel, before they are scaled.
+// A tile's products of a fragment and a panel, before they are scaled.
 template <int kColumns>
 __device__ __forceinline__ void issue(float (&part)[kColumns / 2], const Fragment& f, u64 b,
                                       int group) {
@@ -77,15 +77,15 @@ __device__ __forceinline__ void issue(float (&part)[kColumns / 2], const Fragmen
   }
   mma_commit();
 }
-// Adds kCount of them, from kFrom on, times the scales of the fragment's rows, to accumulators from
-// kAt on.
-template <int kAt, int kFrom, int kCount, int kAll, int kHave>
-__device__ __forceinline__ void add(float (&acc)[kAll], const float (&part)[kHave], u32 scales) {
+// Adds kCount of them, from kFrom on, times the scales of the fragment's rows.
+template <int kFrom, int kCount, int kAll>
+__device__ __forceinline__ void add(float (&acc)[kAll], const float (&products)[kAll],
+                                    u32 scales) {
   const float s0 = bf16_low(scales), s1 = bf16_high(scales);
 #pragma unroll
-  for (int c = 0; c < kCount; c += 4) {
-    const float* v = part + kFrom + c;
-    float* to = acc + kAt + c;
+  for (int c = kFrom; c < kFrom + kCount; c += 4) {
+    const float* v = products + c;
+    float* to = acc + c;
     to[0] += v[0] * s0, to[1] += v[1] * s0, to[2] += v[2] * s1, to[3] += v[3] * s1;
   }
 }
@@ -165,7 +165,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       // Half of the products are added before codes come, and take their registers.
       constexpr int kFirst = kN / 4 / 4 * 4;
       float (&sums)[kN / 2] = acc[part % kPerWg];
-      add<0, 0, kFirst>(sums, products, f.scales);
+      add<0, kFirst>(sums, products, f.scales);
       u32 w = codes_at + mine.codes, s = scales_at + mine.scales;
       if (!kKeep) w = kept(w), s = kept(s);
       if (!last || left > 1) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       } else {
         forget(codes);  // or the last ones would keep their registers
       }
-      add<kFirst, kFirst, kN / 2 - kFirst>(sums, products, f.scales);
+      add<kFirst, kN / 2 - kFirst>(sums, products, f.scales);
     }
   }
   from = place;

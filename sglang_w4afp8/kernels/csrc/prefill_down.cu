@@ -119,7 +119,8 @@ struct Adder {
       __syncwarp();  // all lanes have what they asked for
       if (slices.count() > 2 && lane == 0) {
         asm volatile("fence.acq_rel.gpu;" ::: "memory");
-        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item.slice) : "memory");
+        asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.left + item.slice)
+                     : "memory");
       }
     }
   }
@@ -161,7 +162,8 @@ struct Adder {
       if (lane >= d) end += before;
     }
     const int begin = end - (count + 1) / 2;
-    const uint4* parts = reinterpret_cast<const uint4*>(p.parts + static_cast<u64>(row) * kMostParts);
+    const u64 at = static_cast<u64>(row) * kMostParts;
+    const uint4* parts = reinterpret_cast<const uint4*>(p.parts + at);
     __syncwarp();  // the last ones are read
 #pragma unroll 1
     for (int i = begin; i < end; ++i) {
@@ -215,7 +217,8 @@ struct Adder {
       u32 r[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) r[j] = pack_bf16(total[2 * j], total[2 * j + 1]);
-      store(p, token, item.block * kWgs + (lane >> 3), lane & 7, make_uint4(r[0], r[1], r[2], r[3]));
+      store(p, token, item.block * kWgs + (lane >> 3), lane & 7,
+            make_uint4(r[0], r[1], r[2], r[3]));
 #pragma unroll
       for (int j = 0; j < 8; ++j) total[j] = 0.0f;
     }

@@ -191,7 +191,7 @@ __device__ __forceinline__ void copy_to_all(u32 dst, const void* src, u32 bytes,
   }
 }
 
-// ---- jobs ----------------------------------------------------------------------------------------
+// ---- jobs ---------------------------------------------------------------------------------------
 // Claims for the cluster: the first CTA tells all of them. A whole warp; returns the job's number.
 __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shared& s, u32 rank,
                                            int n) {

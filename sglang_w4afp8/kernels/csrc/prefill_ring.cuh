@@ -98,8 +98,6 @@ struct Place {
   __device__ __forceinline__ void advance(int size) {
     if (++slot == size) slot = 0, phase ^= 1;
   }
-  // The slot before, so that a loop need not keep it.
-  __device__ __forceinline__ int before(int size) const { return (slot == 0 ? size : slot) - 1; }
   __device__ __forceinline__ u32 parity() const { return phase; }
 };
 // A consumer's, with the number of its item.
@@ -115,7 +113,7 @@ struct CountingPlace : Place {
   __device__ __forceinline__ void next_item() { phase += 2; }
 };
 
-// ---- claiming ------------------------------------------------------------------------------------
+// ---- claiming -----------------------------------------------------------------------------------
 // One lane. `describe(number)` gives item `number`, kEnd past the last one. The claim of the item
 // after next is on its way while an item is described. The CTAs of a cluster get the same numbers.
 template <class Describe>
@@ -161,7 +159,7 @@ struct Reader {
   }
 };
 
-// ---- stages --------------------------------------------------------------------------------------
+// ---- stages -------------------------------------------------------------------------------------
 // Read where they are wanted, as the loops over K have no registers for them.
 __device__ __forceinline__ u32 read_lane() {
   u32 lane;
@@ -197,9 +195,9 @@ __device__ __forceinline__ void wait_listed(const Ring& ring, const Way& place, 
   }
 }
 
-// Lets the stages of an item without tokens pass, or without rows for this warpgroup. Waits for
-// this CTA's producers of tokens, too, though they copy none: who falls a round of the ring behind
-// cannot tell the phases of its barriers apart any more.
+// Lets the stages of an item without tokens pass, or without rows for this warpgroup. Waits for who
+// copies tokens, too, even where there are none: who falls a round of the ring behind cannot tell
+// the phases of its barriers apart any more.
 template <class Way>
 __device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place, bool gathered) {
   for (int i = 0; i < stages; ++i) {
@@ -216,7 +214,7 @@ __device__ __forceinline__ void pass(int stages, const Ring& ring, Way& place, b
   }
 }
 
-// ---- set-up --------------------------------------------------------------------------------------
+// ---- set-up -------------------------------------------------------------------------------------
 // `extra`: bytes that the caller wants behind the stages. `readers`: warps that read items.
 __device__ __forceinline__ Ring make_ring(u8* shared, int size, int extra,
                                           int readers = kReaders) {

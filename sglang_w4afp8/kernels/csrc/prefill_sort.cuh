@@ -104,7 +104,8 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   // Tiles of equal size, in steps of columns; the last may be left without tokens.
   const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
-  const int step = lists.tile_tokens > 128 ? 8 : 16;  // as prefill.cuh, with_columns
+  // As with_columns (prefill.cuh) has them above 128 columns; it rounds up narrower tiles.
+  const int step = lists.tile_tokens > 128 ? 8 : 16;
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + step - 1) / step * step : 0;
   int pair_sum = tokens, tile_sum = tiles;
   for (int d = 1; d < 32; d <<= 1) {

@@ -179,7 +179,10 @@ def launches_prefill(
     claimed, arrived = at["zeros"], t.counters.data_ptr()
     down_lists, for_own, for_sorted, listed = _Lists(), _Own(), _Sorted(), _Listed()
     if own:
-        down_lists = _Lists(None, None, None, at["own first"], plan.down.count, plan.down.parts, 0)
+        down_lists = _Lists(
+            None, None, None, at["own first"], plan.down.count, plan.down.parts, 0,
+            plan.down.together, plan.down.tile_tokens,
+        )  # fmt: skip
         for_own = _Own(
             at["own columns"], at["own rows"], at["own twice"], at["own sizes"], at["own largest"],
             at["own counts"], t.topk_weights.data_ptr(), t.w2_scale.data_ptr(),

@@ -8,6 +8,7 @@ from math import gcd
 from sglang_w4afp8.kernels.hopper.plan import Layer
 
 TILE_TOKENS = 128
+"""Most tokens of a tile where CTAs of down own outputs; else plan_prefill.SORTED_TOKENS."""
 SORT_PAIRS = 4_096
 """Pairs that a CTA of route sorts."""
 ALIGNMENT = 1024
