@@ -10,6 +10,7 @@ its fixtures are made once. Files whose tests each take long are taken apart.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ _MAY_SKIP = (
     "is not applied to this release",
 )
 
+# Functions of kernels.hopper whose results are kept.
+_PLANS = (
+    "plan.plan", "plan_prefill.plan_prefill", "plan_rows.plan_tokens", "plan_rows.plan_slots",
+)  # fmt: skip
+
 _skipped = pytest.StashKey[int]()
 _unexpected = pytest.StashKey[list[str]]()
 
@@ -42,6 +48,16 @@ def _has_gpu() -> bool:
     except ImportError:
         return False
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_other_tests() -> None:
+    """Plans are kept, and tests change the constants that they are made from."""
+    for name in _PLANS:
+        module, function = name.split(".")
+        loaded = sys.modules.get(f"sglang_w4afp8.kernels.hopper.{module}")
+        if loaded is not None:
+            getattr(loaded, function).cache_clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

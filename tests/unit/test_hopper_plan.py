@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from sglang_w4afp8.kernels.hopper import plan
+from sglang_w4afp8.kernels.hopper import plan, plan_prefill, plan_rows
 from sglang_w4afp8.kernels.hopper.plan import Layer
 
 R1 = [
@@ -122,3 +126,23 @@ def test_gate_and_up_of_a_small_hidden_size_are_stages_of_two_row_tiles(layer: L
         assert (chosen.path == path) == (layer.inner <= 256), "K of w2 in one stage"
         if chosen.path == path:
             assert chosen.launches[-1].grid == (layer.hidden // 64, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"),
+    [
+        (plan.plan, [(1, 132), (16, 132), (16, 78), (16, 132, "large")]),
+        (plan_prefill.plan_prefill, [(1024, 132), (4096, 132), (4096, 78)]),
+        (plan_rows.plan_tokens, [(16, 132), (64, 132)]),
+        (plan_rows.plan_slots, [(64, 16, 132, True), (64, 16, 132, False), (64, 32, 132, True)]),
+    ],
+)
+def test_a_plan_is_made_once_for_all_layers_of_a_forward_pass(
+    make: Callable[..., Any], calls: list[tuple[Any, ...]]
+) -> None:
+    for layer in R1[:2]:
+        first = [make(layer, *call) for call in calls]
+        for call, made in zip(calls, first, strict=True):
+            assert make(replace(layer), *call) is made, "a layer of the same sizes"
+            assert make.__wrapped__(layer, *call) == made  # type: ignore[attr-defined]
+    assert make.cache_info().misses == 2 * len(calls)  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ each CTA streams the same number of bytes whatever the routing is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from sglang_w4afp8.kernels.hopper.layout import StageShape
@@ -337,6 +338,7 @@ def _large(layer: Layer, tokens: int, sms: int, own_down: bool) -> Plan:
     return Plan("large", (route, *matrix, combine_launch(layer, tokens)), tiles)
 
 
+@lru_cache  # every layer of a forward pass asks for the same
 def plan(layer: Layer, tokens: int, sms: int, path: str | None = None) -> Plan:
     """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
 

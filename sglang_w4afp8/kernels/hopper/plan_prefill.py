@@ -12,6 +12,7 @@ tokens and 128 weight rows, and what several experts contribute to a token goes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from sglang_w4afp8.errors import BackendError
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
@@ -207,6 +208,7 @@ def _route(ctas: int, shared: int = 0) -> Launch:
     return Launch(kernel, (ctas, 1), ROUTE_THREADS, shared)
 
 
+@lru_cache  # every layer of a forward pass asks for the same
 def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
 

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sglang_w4afp8.kernels.hopper.plan import (
     COUNTERS,
     ROUTE,
@@ -28,6 +30,7 @@ QUANTIZE_BLOCKS = 64
 """CTAs that share the BF16 rows of an expert."""
 
 
+@lru_cache  # every layer of a forward pass asks for the same
 def plan_tokens(layer: Layer, tokens: int, sms: int) -> Plan:
     """For E4M3 tokens: route, gate and up, down, combine.
 
@@ -43,6 +46,7 @@ def plan_tokens(layer: Layer, tokens: int, sms: int) -> Plan:
     return Plan("large", launches, min(pairs, layer.experts + pairs // columns))
 
 
+@lru_cache
 def plan_slots(layer: Layer, slots: int, expected: int, sms: int, row_scales: bool) -> Plan:
     """For slots: masked, gate and up, down.
 
