@@ -15,7 +15,8 @@
 // expert. W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
 #include "prefill_own.cuh"
 
-// Waits until all lanes have `value`.
+// Waits until all lanes have `value`. ptxas 13.0 leaves no instruction of it, as nobody needs the
+// vote: then loads and what follows are only issued in this order.
 __device__ __forceinline__ void vote_on(u32 value) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0;\nvote.sync.any.pred p, p, 0xffffffff;\n}\n" ::"r"(
@@ -147,8 +148,9 @@ struct OwnBody {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
     if (thread == 0) barrier_expect(full, kStageBytes);
-    // Loads return in order. The last one's value must be there before another CTA hears of it: an
-    // arrival there is not ordered behind loads here.
+    // Loads return in order. The last one's value should be there before another CTA hears of it:
+    // an arrival there is not ordered behind loads here. Where the vote is left out, it still takes
+    // a trip through that CTA and L2 before the slot is filled again.
     vote_on(scales[kGroups - 1]);
     if (kEveryLane || lane == 0) {
       arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);

@@ -46,7 +46,7 @@ def plan_tokens(layer: Layer, tokens: int, sms: int) -> Plan:
     return Plan("large", launches, min(pairs, layer.experts + pairs // columns))
 
 
-@lru_cache
+@lru_cache  # see plan_tokens
 def plan_slots(layer: Layer, slots: int, expected: int, sms: int, row_scales: bool) -> Plan:
     """For slots: masked, gate and up, down.
 
