@@ -8,6 +8,8 @@
 #include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
+// Whether the last items may be halves: a tile's rows are quantised by who completes it, so not then.
+constexpr bool kHalved = !kDynamic && kCluster == 1;
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
@@ -57,22 +59,49 @@ __device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 co
 // expert.
 struct Order {
   const PrefillUpParams& p;
+  // Items from `cut` on are halves of what they would be: the last round of all CTAs, if it has so few
+  // items that each can have two.
+  int cut = 0;
   int list = 0, begin = 0;
 
+  __device__ __forceinline__ static Order of(const PrefillUpParams& p) {
+    Order order{p};
+    int all = 0;
+    for (int i = 0; i < p.lists; ++i) all += order.items(i);
+    const int ctas = gridDim.x, rest = all % ctas;
+    order.cut = kHalved && rest * 2 <= ctas ? all - rest : all;
+    return order;
+  }
+  __device__ __forceinline__ int blocks() const {
+    return (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+  }
+  __device__ __forceinline__ int items(int list) const {
+    return p.header[list] / kCluster * blocks();
+  }
+
   __device__ __forceinline__ Item item(int number) {
-    const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+    const int past = number - cut;
+    if (past > 0) number -= (past + 1) / 2;
     Item item{};
     for (; list < p.lists; ++list) {
-      const int items = p.header[list] / kCluster * blocks, at = number - begin;
-      if (at < items) {
-        const int i = at / blocks * kCluster + blockIdx.x % kCluster;
+      const int here = items(list), at = number - begin;
+      if (at < here) {
+        const int i = at / blocks() * kCluster + blockIdx.x % kCluster;
         const Tile tile = p.tiles[list * p.max_tiles + i];
         item.kind = kMatrix, item.expert = tile.expert, item.first = tile.first;
         item.count = tile.count, item.tile = list * p.max_tiles + i;
-        item.block = at % blocks, item.list = list;
+        item.block = at % blocks(), item.list = list;
+        if (past >= 0) {
+          const int half = min((tile.count + 31) / 32 * 16, tile.count);
+          if (past % 2 == 0) {
+            item.count = half;
+          } else {
+            item.first += half, item.count -= half;
+          }
+        }
         return item;
       }
-      begin += items;
+      begin += here;
     }
     return item;
   }
@@ -250,7 +279,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     const bool listed = kSorted && *p.total <= p.room;
     if (warp == 1) {
       if ((threadIdx.x & 31) != 0) return;
-      Order order{p};
+      Order order = Order::of(p);
       claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
     } else if (listed) {
       if constexpr (kSorted) {
@@ -282,7 +311,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
     const bool idle = kSorted && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
-    if ((kCluster > 1 && uniform(item.count) == 0) || uniform(idle)) {
+    if (uniform(item.count == 0 || idle)) {
       pass(p.weights.k / kStageK, ring, body.place, kSorted && *p.total > p.room);
     } else {
       with_columns(item.count, body);
