@@ -210,21 +210,36 @@ def test_sums_wait_for_their_tile_and_all_before_it_and_no_other(tiles: int, blo
         assert {set_by[at] for at in places} == {(tile, block) for tile in range(step + 1)}
 
 
-def up_items(p: SimpleNamespace, row_tiles: int, cluster: int, block: int) -> list[Item]:
+def up_items(
+    p: SimpleNamespace, row_tiles: int, cluster: int, block: int, grid: int = 1, halved: int = 0
+) -> list[Item]:
     """``Order`` of prefill_up.cu in the CTA ``block``: items by their numbers."""
-    fixed = {"p": p, "kRowTiles": row_tiles, "kMatrix": 1, "kCluster": cluster}
-    fixed["blockIdx"] = SimpleNamespace(x=block)
-    begin, items = 0, list[Item]()
-    for at_list in range(len(p.header)):
-        while True:
-            scope = fixed | {"list": at_list, "begin": begin, "number": len(items)}
-            s = c_locals(UP, "struct Order", "blocks items at", scope)
-            if s["at"] >= s["items"]:
-                begin += s["items"]
-                break
-            s = c_locals(UP, "if (at < items)", "i tile", s)
-            items.append(fields(UP, "if (at < items)", "expert first count tile block list", s))
-    return items
+    order = "struct Order"
+    fixed = {"p": p, "kRowTiles": row_tiles, "kMatrix": 1, "kCluster": cluster, "kHalved": halved}
+    fixed |= {"blockIdx": SimpleNamespace(x=block), "gridDim": SimpleNamespace(x=grid)}
+    blocks = c_value(c_find(UP, (order, "int blocks()"), "return"), fixed)
+    fixed["blocks"] = lambda: blocks
+    text = c_find(UP, (order, "int items("), "return")
+    here = [c_value(text, fixed | {"list": i}) for i in range(len(p.header))]
+    s = c_locals(UP, f"{order} > static Order of(", "ctas rest", fixed | {"all": sum(here)})
+    cut = c_value(c_find(UP, (order, "static Order of("), "order.cut"), s)
+    items = list[Item]()
+    while True:
+        scope = fixed | {"number": len(items), "cut": cut}
+        scope = c_locals(UP, f"{order} > Item item(int number)", "past skipped", scope)
+        number, at_list, begin = scope["number"] - scope["skipped"], 0, 0
+        while at_list < len(here) and number - begin >= here[at_list]:
+            begin, at_list = begin + here[at_list], at_list + 1
+        if at_list == len(here):
+            return items
+        s = c_locals(
+            UP, "if (at < here)", "i tile", scope | {"list": at_list, "at": number - begin}
+        )
+        item = fields(UP, "if (at < here)", "expert first count tile block list", s)
+        if s["past"] >= 0:
+            s = c_locals(UP, "if (past >= 0)", "most before", s)
+            item |= fields(UP, "if (past >= 0)", "first count", s)
+        items.append(item)
 
 
 @pytest.mark.parametrize(("rows", "per_wg"), [(512, 2), (64, 1), (384, 1), (1408, 2)])
@@ -238,6 +253,28 @@ def test_up_claims_every_block_of_every_tile_once(rows: int, per_wg: int) -> Non
     wanted = [(n * 8 + i, b) for n, k in enumerate(header) for i in range(k) for b in range(blocks)]
     assert found == wanted
     assert all(i["first"] == i["tile"] % 8 * 100 and i["tile"] // 8 == i["list"] for i in items)
+
+
+@pytest.mark.parametrize("grid", [1, 5, 20, 25, 41, 44, 60])
+def test_the_last_round_is_halves_of_items_if_there_are_ctas_for_them(grid: int) -> None:
+    header, rows = [4, 0, 7], 1024
+    tiles = some_tiles(header, 8)
+    for i, count in enumerate((1, 16, 17, 100, 128)):
+        tiles[2 * 8 + i] = SimpleNamespace(expert=i // 2, first=i * 200, count=count)
+    p = SimpleNamespace(header=header, weights=SimpleNamespace(rows=rows), max_tiles=8, tiles=tiles)
+    whole = up_items(p, 4, 1, 0, grid)
+    items = up_items(p, 4, 1, 0, grid, 1)
+    rest = len(whole) % grid
+    cut = len(whole) - (rest if 2 * rest <= grid else 0)
+    assert items[:cut] == whole[:cut] and len(items) == 2 * len(whole) - cut
+    for number, item in enumerate(whole[cut:]):
+        first, second = items[cut + 2 * number : cut + 2 * number + 2]
+        parts = ("expert", "tile", "block", "list")
+        assert all(item[name] == first[name] == second[name] for name in parts)
+        assert first["first"] == item["first"] and first["count"] > 0
+        assert second["first"] == first["first"] + first["count"]
+        assert first["count"] + second["count"] == item["count"]
+        assert 0 <= second["count"] <= first["count"] <= max(16, second["count"] + 31)
 
 
 def dealt(items: int, grid: int, block: int) -> list[int]:

@@ -8,7 +8,8 @@
 #include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
-// Whether the last items may be halves: a tile's rows are quantised by who completes it, so not then.
+// Whether the last items may be halves. With per-token scales who completes a tile quantises its
+// rows, and counts whole items.
 constexpr bool kHalved = !kDynamic && kCluster == 1;
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
@@ -59,8 +60,8 @@ __device__ __forceinline__ u8* q_piece(const PrefillUpParams& p, int row, u32 co
 // expert.
 struct Order {
   const PrefillUpParams& p;
-  // Items from `cut` on are halves of what they would be: the last round of all CTAs, if it has so few
-  // items that each can have two.
+  // Items from `cut` on are halves of what they would be: the last round of all CTAs, if it has so
+  // few items that there are CTAs for twice as many.
   int cut = 0;
   int list = 0, begin = 0;
 
@@ -80,8 +81,8 @@ struct Order {
   }
 
   __device__ __forceinline__ Item item(int number) {
-    const int past = number - cut;
-    if (past > 0) number -= (past + 1) / 2;
+    const int past = number - cut, skipped = max(past + 1, 0) / 2;
+    number -= skipped;
     Item item{};
     for (; list < p.lists; ++list) {
       const int here = items(list), at = number - begin;
@@ -92,12 +93,10 @@ struct Order {
         item.count = tile.count, item.tile = list * p.max_tiles + i;
         item.block = at % blocks(), item.list = list;
         if (past >= 0) {
-          const int half = min((tile.count + 31) / 32 * 16, tile.count);
-          if (past % 2 == 0) {
-            item.count = half;
-          } else {
-            item.first += half, item.count -= half;
-          }
+          const int most = min((tile.count + 31) / 32 * 16, tile.count);
+          const int before = past % 2 == 0 ? 0 : most;
+          item.first = tile.first + before;
+          item.count = past % 2 == 0 ? most : tile.count - most;
         }
         return item;
       }
