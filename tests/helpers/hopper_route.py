@@ -18,12 +18,13 @@ from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 SOURCE, OWN = "prefill_sort.cuh", "prefill_sort_own.cuh"
 ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
+CUT = "least tiles step size"
 
 
 def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
     """The tiles of one expert's pairs, which begin at ``first``."""
     scope = {**ROUTE, "tokens": tokens, "lists": lists, "tid": expert, "first": first}
-    cut = c_locals(SOURCE, "Tiles of equal size", "least tiles step size", scope)
+    cut = c_locals(SOURCE, "Tiles of equal size", CUT, scope)
     text = c_find(SOURCE, ("Tiles of equal size",), "out[i]")
     text = text.replace("Tile{", "(").replace("}", ")")
     return [c_value(text, cut | {"i": i})[:3] for i in range(cut["tiles"])]
@@ -63,11 +64,11 @@ class U64(int):
 
 def of_four(name: str, four: int) -> U64:
     """``sums_before`` or ``sum_of``."""
-    return U64(c_value(c_find(OWN, (f" {name}(u64 four)",), "return"), {"four": U64(four)}))
+    return U64(c_value(c_find(SOURCE, (f" {name}(u64 four)",), "return"), {"four": U64(four)}))
 
 
 def of_class(four: int, k: int) -> int:
-    value: int = c_value(c_find(OWN, ("int of_class(",), "return"), {"four": four, "k": k})
+    value: int = c_value(c_find(SOURCE, ("int of_class(",), "return"), {"four": four, "k": k})
     return value
 
 
@@ -301,35 +302,41 @@ class Route:
         lists = SimpleNamespace(
             parts=plan.parts, together=plan.together, tile_tokens=plan.tile_tokens
         )
-        p = SimpleNamespace(sorters=len(self.counts))
-        scope = {**ROUTE, "part": part, "lists": lists, "p": p}
-        s = c_locals(SOURCE, "Begin place_part", "list first_part last_part", scope)
+        p = SimpleNamespace(sorters=len(self.counts), sorted=SimpleNamespace(place=not self.own))
+        scope = {**ROUTE, "part": part, "lists": lists, "p": p, "nullptr": False}
+        scope |= {"of_class": of_class, "sums_before": lambda four: of_four("sums_before", four)}
+        scope["sum_of"] = lambda four: of_four("sum_of", four)
+        within = "Begin place_part"
+        s = c_locals(SOURCE, within, "list first_part last_part", scope)
         has_tiles = not (self.own and name == "down")
         writes = part == s["first_part"]
-        text = c_find(SOURCE, ("Begin place_part",), "return").replace("Begin{", "(")
+        text = c_find(SOURCE, (within,), "return").replace("Begin{", "(")
         text = text.replace("}", ")")
-        first = tile = 0
-        begins = []
+        first, tile_sum = 0, U64(0)
+        begins, threads = [], []
         for tid in range(MAX_EXPERTS):
             in_list = range(s["first_part"], s["last_part"])
             tokens = sum(self.counts[i][tid] for i in in_list)
             before = sum(self.counts[i][tid] for i in in_list if i < part)
-            here = s | {"tid": tid, "first": first, "tokens": tokens}
-            here = c_locals(SOURCE, "Tiles of equal size", "least tiles", here)
-            here |= {"before": before}
+            here = s | {"tid": tid, "first": first, "tokens": tokens, "before": before}
+            here = c_locals(SOURCE, within, f"{CUT} width kind", here)
             fields = zip(("mine", "all"), c_value(text, here), strict=True)
             begins.append(SimpleNamespace(**dict(fields)))
             if writes and not has_tiles:
                 self.first[s["list"], tid] = first
-            elif writes and tokens:
-                found = cut_tiles(tid, first, tokens, lists)
-                for i, one in enumerate(found):
-                    key = s["list"], tile + i
-                    assert key not in self.tiles[name]
-                    self.tiles[name][key] = one
-            first, tile = first + tokens, tile + here["tiles"]
+            mine = c_value(c_find(SOURCE, (within,), "u64 tile_sum"), here)
+            tile_sum = U64(tile_sum + mine)
+            threads.append(here | {"tile_sum": tile_sum})
+            first += tokens
+        for here in threads if writes and has_tiles else []:
+            here = c_locals(SOURCE, "u64 of_warps", "tile", here | {"of_warps": tile_sum})
+            for i, one in enumerate(cut_tiles(here["tid"], here["first"], here["tokens"], lists)):
+                key = s["list"], here["tile"] + i
+                assert key not in self.tiles[name]
+                self.tiles[name][key] = one
         if writes and has_tiles:
-            self.header[name][s["list"]] = tile
+            header = c_value(c_find(SOURCE, (within,), "lists.header[list]"), here)
+            self.header[name][s["list"]] = header
         elif writes:
             self.first[s["list"], MAX_EXPERTS] = first
         if writes and not self.own:

@@ -126,3 +126,11 @@ def test_every_pair_is_in_one_tile_of_its_expert(
             one[:: lists.together] == one[lists.together - 1 :: lists.together]
             for one in experts_of
         )
+        for number, one in enumerate(experts_of):
+            tiles = [found.tiles[name][number, t] for t in range(len(one))]
+            widest = {e: max(count for other, _, count in tiles if other == e) for e in one}
+            quarters = [-(-widest[e] * 4 // lists.tile_tokens) for e in one]
+            if own:
+                assert quarters == sorted(quarters, reverse=True), "wide tiles first"
+            else:
+                assert one == sorted(one), "as their rows"

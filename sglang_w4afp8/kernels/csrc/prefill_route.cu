@@ -163,7 +163,7 @@ __device__ void find_largest(const PrefillRouteParams& p, int expert, u32* warps
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
     w4a8_prefill_route(const __grid_constant__ PrefillRouteParams p) {
   __shared__ int counts[kMaxExperts], first[kMaxExperts];
-  __shared__ int sums[2 * kWarps];
+  __shared__ WarpSums sums;
   extern __shared__ OwnTables tables[];
   pdl_wait();
   pdl_trigger();
@@ -177,10 +177,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   } else if (block < p.sorters) {
     sort_part(p, block, counts, sums, first);
   } else if (p.own.columns == nullptr) {
-    serve_list(p, block - p.sorters, gridDim.x - p.sorters, reinterpret_cast<float*>(sums));
+    serve_list(p, block - p.sorters, gridDim.x - p.sorters, reinterpret_cast<float*>(&sums));
   } else if (block < p.sorters + quantizers) {
-    quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(sums));
+    quantize_rows(p, (block - p.sorters) * kRows, reinterpret_cast<float*>(&sums));
   } else {
-    find_largest(p, block - p.sorters - quantizers, reinterpret_cast<u32*>(sums));
+    find_largest(p, block - p.sorters - quantizers, reinterpret_cast<u32*>(&sums));
   }
 }

@@ -85,12 +85,28 @@ __device__ __forceinline__ int expert_of(const PrefillRouteParams& p, int pair) 
   return id >= 0 && id < p.experts ? static_cast<int>(id) : -1;
 }
 
+// For each class, of pairs or tiles, a number: 16 bits, enough for an expert's pairs of a list and
+// for a list's tiles. The lowest is class 0.
+constexpr int kClasses = 4;
+
+__device__ __forceinline__ int of_class(u64 four, int k) { return four >> 16 * k & 0xffff; }
+// What the classes before each one have, and what all have.
+__device__ __forceinline__ u64 sums_before(u64 four) { return four * 0x0001000100010000ull; }
+__device__ __forceinline__ int sum_of(u64 four) { return four * 0x0001000100010001ull >> 48; }
+
+// Of the warps of a block that sorts: how many pairs their experts have, and tiles of each class.
+struct WarpSums {
+  int pairs[kWarps];
+  u64 tiles[kWarps];
+};
+
 // Thread e of the block of part `part`: where expert e's pairs of this part begin in its list, and
 // where all of them do. The first part of a list also writes its tiles.
 struct Begin {
   int mine, all;
 };
-__device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int part, int* sums) {
+__device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int part,
+                            WarpSums& sums) {
   const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31;
   const int list = part / lists.parts, first_part = list * lists.parts;
   const int last_part = min(first_part + lists.parts, p.sorters);
@@ -107,23 +123,33 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   // As with_columns (prefill.cuh) has them above 128 columns; it rounds up narrower tiles.
   const int step = lists.tile_tokens > 128 ? 8 : 16;
   const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + step - 1) / step * step : 0;
-  int pair_sum = tokens, tile_sum = tiles;
+  // Wide tiles first: a tile begun near the end should not take long. In the order of the list
+  // tiles are in that of their rows.
+  const int width = lists.tile_tokens / kClasses;
+  const int kind = p.sorted.place == nullptr && tiles > 0 ? kClasses - 1 - (size - 1) / width : 0;
+  int pair_sum = tokens;
+  u64 tile_sum = static_cast<u64>(tiles) << 16 * kind;
   for (int d = 1; d < 32; d <<= 1) {
     const int a = __shfl_up_sync(0xffffffffu, pair_sum, d);
-    const int b = __shfl_up_sync(0xffffffffu, tile_sum, d);
+    const u64 b = __shfl_up_sync(0xffffffffu, tile_sum, d);
     if (lane >= d) pair_sum += a, tile_sum += b;
   }
   __syncthreads();
-  if (lane == 31) sums[warp] = pair_sum, sums[kWarps + warp] = tile_sum;
+  if (lane == 31) sums.pairs[warp] = pair_sum, sums.tiles[warp] = tile_sum;
   __syncthreads();
-  int first = pair_sum - tokens, tile = tile_sum - tiles;
-  for (int w = 0; w < warp; ++w) first += sums[w], tile += sums[kWarps + w];
+  int first = pair_sum - tokens;
+  u64 of_warps = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) first += sums.pairs[w], tile_sum += sums.tiles[w];
+    of_warps += sums.tiles[w];
+  }
+  const int tile = of_class(sums_before(of_warps), kind) + of_class(tile_sum, kind) - tiles;
   if (part == first_part && lists.first != nullptr) {
     int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);
     out[tid] = first;
     if (tid == kThreads - 1) out[kMaxExperts] = first + tokens;
   } else if (part == first_part) {
-    if (tid == kThreads - 1) lists.header[list] = tile + tiles;
+    if (tid == kThreads - 1) lists.header[list] = sum_of(of_warps);
     Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
     for (int i = 0; i < tiles; ++i) {
       out[i] = Tile{tid, first + i * size, max(0, min(size, tokens - i * size)), 0};
@@ -159,7 +185,7 @@ __device__ __forceinline__ u64 list_begin(const PrefillRouteParams& p, const Lis
 }
 
 // For prefill_down.cu; prefill_sort_own.cuh has the other one.
-__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, int* sums,
+__device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, WarpSums& sums,
                           int* first) {
   const int tid = threadIdx.x, begin = part * p.part_pairs;
   const int end = min(begin + p.part_pairs, p.pairs);

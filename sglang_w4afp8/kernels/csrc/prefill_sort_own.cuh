@@ -9,14 +9,6 @@
 #pragma once
 #include "prefill_sort.cuh"
 
-// For each class a number: 16 bits, enough for an expert's pairs of a list. The lowest is class 0.
-constexpr int kClasses = 4;
-
-__device__ __forceinline__ int of_class(u64 four, int k) { return four >> 16 * k & 0xffff; }
-// What the classes before each one have, and what all have.
-__device__ __forceinline__ u64 sums_before(u64 four) { return four * 0x0001000100010000ull; }
-__device__ __forceinline__ int sum_of(u64 four) { return four * 0x0001000100010001ull >> 48; }
-
 // Of n columns those of class k, and the number of the r-th.
 __device__ __forceinline__ int columns_of(int n, int k) {
   return n / 8 * 2 + min(max(n % 8 - 2 * k, 0), 2);
@@ -98,8 +90,8 @@ __device__ void rank_in_order(const int (&keys)[kMine], int (&rank)[kMine], u32*
   }
 }
 
-__device__ void sort_own_part(const PrefillRouteParams& p, int part, OwnTables& tables, int* sums,
-                              int* up_first, int* down_first) {
+__device__ void sort_own_part(const PrefillRouteParams& p, int part, OwnTables& tables,
+                              WarpSums& sums, int* up_first, int* down_first) {
   const int tid = threadIdx.x, begin = part * p.part_pairs;
   const int end = min(begin + p.part_pairs, p.pairs);
   int keys[kMine], rank[kMine];  // a key: the expert, and two low bits: the class
