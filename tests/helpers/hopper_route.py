@@ -18,7 +18,7 @@ from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 SOURCE, OWN = "prefill_sort.cuh", "prefill_sort_own.cuh"
 ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
-CUT = "least tiles step size"
+CUT = "least tiles share step size"
 
 
 def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:

@@ -49,7 +49,7 @@ def list_tiles(counts: list[int]) -> list[Tile]:
     for expert, tokens in enumerate(counts):
         lists = SimpleNamespace(together=1, tile_tokens=SORTED_TOKENS)
         scope = {**ROUTED, "tokens": tokens, "lists": lists}
-        cut = c_locals(SORT, "Tiles of equal size", "least tiles step size", scope)
+        cut = c_locals(SORT, "Tiles of equal size", "least tiles share step size", scope)
         text = c_find(SORT, ("Tiles of equal size",), "out[i]")
         text = text.replace("Tile{", "(").replace("}", ")")
         for i in range(cut["tiles"]):

@@ -286,14 +286,27 @@ def test_a_tile_is_multiplied_with_the_fewest_columns() -> None:
     """``with_columns``: in the order of the list there are tiles of more than 128 tokens."""
     text = c_text(COMMON)
     text = text[text.index("void with_columns(") :]
-    listed, others = text.split("  switch ((uniform(count) + 15) / 16) {")
-    assert "if constexpr (kSorted) {\n    switch ((uniform(count) + 7) / 8) {" in listed
+    listed, wide, narrow = re.split(r"\n  switch \(.*\) {", text)
+    assert "if constexpr (kSorted) {\n    switch (eights) {" in listed
     case = r"(?:case (\d+)|default): return body.template run<(\d+)>"
-    wide = {int(of): int(columns) for of, columns in re.findall(case, listed)}
-    assert wide == {i: 8 * i for i in range(128 // 8 + 1, SORTED_TOKENS // 8 + 1)}
-    narrow = {int(of or 8): int(columns) for of, columns in re.findall(case, others)}
-    assert narrow == {i: 16 * i for i in range(1, 9)}
-    assert {*narrow.values(), *wide.values()} <= {*matrix_widths()}
+    found: dict[int, int] = {}  # columns, by how many times eight
+    for eights, columns in re.findall(case, listed + wide):
+        assert int(eights) not in found
+        found[int(eights)] = int(columns)
+    for sixteens, columns in re.findall(case, narrow):
+        for eights in (2 * int(sixteens or 6) - 1, 2 * int(sixteens or 6)):
+            found.setdefault(eights, int(columns))
+    assert {*found} == {*range(1, SORTED_TOKENS // 8 + 1)}
+    scope = {"tiles": 1}
+    for count in range(1, SORTED_TOKENS + 1):
+        eights = c_value(
+            c_find(COMMON, ("void with_columns(",), "eights"), {"count": count, "uniform": int}
+        )
+        size = c_locals("prefill_sort.cuh", "least", "share step size", scope | {"tokens": count})[
+            "size"
+        ]
+        assert found[eights] == size and count <= size < count + (8 if count > 96 else 16)
+    assert {*found.values()} <= {*matrix_widths()}
 
 
 @pytest.mark.parametrize("cut", [TWO, LISTED])

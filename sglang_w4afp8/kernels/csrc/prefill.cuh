@@ -180,12 +180,12 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   from = place;
 }
 
-// Calls body.run<kN>() with the fewest columns that hold `count` tokens: steps of 16, or of 8 in
-// wide tiles of the list.
+// Calls body.run<kN>() with the fewest columns that hold `count` tokens: steps of 16, above 96 of 8.
 template <class Body>
 __device__ __forceinline__ void with_columns(int count, Body& body) {
+  const int eights = (uniform(count) + 7) / 8;
   if constexpr (kSorted) {
-    switch ((uniform(count) + 7) / 8) {
+    switch (eights) {
       case 17: return body.template run<136>();
       case 18: return body.template run<144>();
       case 19: return body.template run<152>();
@@ -196,14 +196,18 @@ __device__ __forceinline__ void with_columns(int count, Body& body) {
       case 24: return body.template run<192>();
     }
   }
-  switch ((uniform(count) + 15) / 16) {
+  switch (eights) {
+    case 13: return body.template run<104>();
+    case 14: return body.template run<112>();
+    case 15: return body.template run<120>();
+    case 16: return body.template run<128>();
+  }
+  switch ((eights + 1) / 2) {
     case 1: return body.template run<16>();
     case 2: return body.template run<32>();
     case 3: return body.template run<48>();
     case 4: return body.template run<64>();
     case 5: return body.template run<80>();
-    case 6: return body.template run<96>();
-    case 7: return body.template run<112>();
-    default: return body.template run<128>();
+    default: return body.template run<96>();
   }
 }

@@ -120,9 +120,9 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   // Tiles of equal size, in steps of columns; the last may be left without tokens.
   const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
-  // As with_columns (prefill.cuh) has them above 128 columns; it rounds up narrower tiles.
-  const int step = lists.tile_tokens > 128 ? 8 : 16;
-  const int size = tiles > 0 ? ((tokens + tiles - 1) / tiles + step - 1) / step * step : 0;
+  const int share = tiles > 0 ? (tokens + tiles - 1) / tiles : 0;
+  const int step = share > 96 ? 8 : 16;  // as with_columns (prefill.cuh) has them
+  const int size = (share + step - 1) / step * step;
   // Wide tiles first: a tile begun near the end should not take long. In the order of the list
   // tiles are in that of their rows.
   const int width = lists.tile_tokens / kClasses;

@@ -10,7 +10,7 @@
 constexpr bool kDynamic = W4_DYNAMIC != 0;
 // Whether the last items may be halves. With per-token scales who completes a tile quantises its
 // rows, and counts whole items.
-constexpr bool kHalved = !kDynamic && kCluster == 1;
+constexpr bool kHalved = W4_DYNAMIC == 0 && kCluster == 1;
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
