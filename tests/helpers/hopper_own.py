@@ -108,8 +108,31 @@ def job_steps(c: dict[str, Any], begins: list[list[int]], rank: int) -> list[int
     return steps
 
 
-def claimed_job(p: SimpleNamespace, cluster: int, number: int, rank: int) -> SimpleNamespace:
-    """``describe_jobs``: what a claimed number stands for.
+def claimed_part(p: SimpleNamespace, number: int, again: bool) -> SimpleNamespace:
+    """``claimed_part``: what a claimed number stands for.
+
+    Args:
+        p: arguments of the kernel.
+        number: as it was claimed.
+        again: the end of a job, whose successor's beginning came first.
+    """
+    within: tuple[str, ...] = ("Claimed claimed_part(",)
+    scope = {"p": p, "number": number, "again": again, "false": False, "max": max, "min": min}
+    text = (CSRC / JOBS).read_text()
+    condition = re.search(r"if \((.*?)\) return", text[text.index(within[0]) :])
+    assert condition is not None
+    if not c_value(condition[1], scope):
+        names = "share from to ends begins job start end first last"
+        scope = c_locals(JOBS, within[0], names, scope)
+        within = (*within, "last =")
+    text = c_find(JOBS, within, "return").replace("Claimed{", "(").replace("}", ")")
+    found = c_value(text.replace("!again", "not again"), scope)
+    names = "job begin end part parts more"
+    return SimpleNamespace(**dict(zip(names.split(), found, strict=True)))
+
+
+def claimed_jobs(p: SimpleNamespace, cluster: int, number: int, rank: int) -> list[SimpleNamespace]:
+    """``describe_jobs``: the parts of jobs of a claimed number, in the order they are done.
 
     Args:
         p: arguments of the kernel.
@@ -117,15 +140,20 @@ def claimed_job(p: SimpleNamespace, cluster: int, number: int, rank: int) -> Sim
         number: as it was claimed.
         rank: of the CTA.
     """
-    names = "groups tiles whole parts job_number part tile group list job.place"
-    scope = {"p": p, "kCluster": cluster, "number": number, "rank": rank}
-    return SimpleNamespace(**c_locals(JOBS, "void describe_jobs", names, scope))
+    found: list[SimpleNamespace] = []
+    while not found or found[-1].more:
+        part = claimed_part(p, number, bool(found))
+        scope = {"p": p, "kCluster": cluster, "rank": rank, "claimed": part}
+        names = "groups tiles tile group list job.place"
+        scope = c_locals(JOBS, "void describe_jobs", names, scope)
+        found.append(SimpleNamespace(**vars(part), **scope))
+    return found
 
 
-def part_begin(steps: list[int], part: int, parts: int) -> int:
+def part_begin(steps: list[int], at: int, all_: int) -> int:
     """``part_begin`` for packed steps."""
     table = [SimpleNamespace(expert=lambda bits=bits: unpack_step(bits)[0]) for bits in steps]
-    scope = {"steps": table, "count": len(steps), "part": part, "parts": parts}
+    scope = {"steps": table, "count": len(steps), "at": at, "all": all_}
     within = ("int part_begin(",)
     begin: int = c_value(c_find(JOBS, within, "begin"), scope)
     go_on = c_find(JOBS, within, "while (").split(") ++begin;")[0]
@@ -134,10 +162,12 @@ def part_begin(steps: list[int], part: int, parts: int) -> int:
     return begin
 
 
-def part_of(steps: list[int], part: int, parts: int) -> tuple[int, int]:
+def part_of(steps: list[int], begin: int, end: int, shares: int) -> tuple[int, int]:
     """A part's first step, and how many it has (``describe_jobs``)."""
-    scope: dict[str, Any] = {"steps": steps, "count": len(steps), "part": part, "parts": parts}
-    scope["part_begin"] = lambda steps, _, part, parts: part_begin(steps, part, parts)
+    scope: dict[str, Any] = {"steps": steps, "count": len(steps)}
+    scope["p"] = SimpleNamespace(shares=shares)
+    scope["claimed"] = SimpleNamespace(begin=begin, end=end)
+    scope["part_begin"] = lambda steps, _, at, all_: part_begin(steps, at, all_)
     scope["job"] = job = SimpleNamespace()
     for name in ("first", "steps"):
         text = c_find(JOBS, ("void describe_jobs",), f"job.{name}")
@@ -148,7 +178,7 @@ def part_of(steps: list[int], part: int, parts: int) -> tuple[int, int]:
 # ---- parts that meet -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Part:
-    """What a number stands for, see ``claimed_job`` and ``part_of``; -1 steps after the last."""
+    """Of a job, see ``claimed_jobs`` and ``part_of``; -1 steps after the last."""
 
     number: int
     steps: int
@@ -167,15 +197,24 @@ class Work:
         jobs: numbers of steps of each part.
         adders: warps that add in every step.
         broken: what is left out.
+        joined: numbers of parts that end a job and are claimed together with the next job's first.
     """
 
-    def __init__(self, jobs: list[list[int]], adders: int, broken: str = "") -> None:
+    def __init__(
+        self, jobs: list[list[int]], adders: int, broken: str = "", joined: tuple[int, ...] = ()
+    ) -> None:
         self.jobs, self.adders, self.broken, self.claimed = jobs, adders, broken, 0
         self.numbers = [
             Part(0, steps, job, part, len(parts))
             for job, parts in enumerate(jobs)
             for part, steps in enumerate(parts)
         ]
+        self.claims: list[list[int]] = []
+        for number in range(len(self.numbers)):
+            if number - 1 in joined:
+                self.claims[-1].insert(0, number)
+            else:
+                self.claims.append([number])
         self.stored: dict[tuple[int, ...], Sums] = {}  # by job, CTA, part and warp
         self.handed: Counter[tuple[int, int]] = Counter()
         self.written: Counter[tuple[int, ...]] = Counter()
@@ -184,6 +223,10 @@ class Work:
     def part(self, number: int) -> Part:
         there = number < len(self.numbers)
         return replace(self.numbers[number], number=number) if there else Part(number, -1)
+
+    def claim(self, claim: int) -> list[int]:
+        """Numbers of the parts that a claim stands for, in the order they are done."""
+        return self.claims[claim] if claim < len(self.claims) else [len(self.numbers)]
 
     def finish(
         self, job: Part, rank: int, me: int, all_sums: list[Sums], sync: Callable[[], Warp]

@@ -49,7 +49,8 @@ class Cluster:
 
     def __init__(self, sizes: Sizes, work: Work) -> None:
         self.z, self.work, self.on_the_way = sizes, work, work.on_the_way
-        self.claims: list[int] = []
+        self.claims: list[int] = []  # numbers as they were claimed
+        self.parts: list[int] = []  # and those of parts that they stand for
         self.ctas = [self.cta() for _ in range(sizes.cluster)]
 
     def cta(self) -> SimpleNamespace:
@@ -94,38 +95,44 @@ class Cluster:
 
     def check(self) -> None:
         """When all warps have ended."""
-        steps = sum(max(0, self.work.part(number).steps) for number in self.claims)
+        steps = sum(max(0, self.work.part(number).steps) for number in self.parts)
         for cta in self.ctas:
             assert all(added == list(range(steps)) for added in cta.added), "out of order"
 
     def describe(self, rank: int) -> Warp:
-        mine, n = self.ctas[rank], 0
+        mine, n, claims, pending = self.ctas[rank], 0, 0, list[int]()
         while True:
-            i, phase = n & 1, n >> 1 & 1
-            if rank == 0:
-                yield mine.number_empty[i].passed(phase ^ 1)
-                self.claims.append(self.work.claimed)
-                self.work.claimed += 1
-                for to in self.ctas:
-                    to.numbers[i] = self.claims[n]
-                    yield lambda: True
-                    to.number_full[i].arrive()
-            yield mine.number_full[i].passed(phase)
-            number = mine.numbers[i]
+            if not pending:
+                i, phase = claims & 1, claims >> 1 & 1
+                if rank == 0:
+                    yield mine.number_empty[i].passed(phase ^ 1)
+                    self.claims.append(self.work.claimed)
+                    self.parts += self.work.claim(self.work.claimed)
+                    self.work.claimed += 1
+                    for to in self.ctas:
+                        to.numbers[i] = self.claims[claims]
+                        yield lambda: True
+                        to.number_full[i].arrive()
+                yield mine.number_full[i].passed(phase)
+                number = mine.numbers[i]
+                yield lambda: True
+                self.ctas[0].number_empty[i].arrive()
+                assert number == self.claims[claims], "a number twice or never"
+                pending += self.work.claim(number)
+                claims += 1
+            yield mine.table_empty[n & 1].passed(n >> 1 & 1 ^ 1)
+            part = pending.pop(0)
+            assert part == self.parts[n], "a job twice or never"
+            job = mine.tables[n & 1] = self.work.part(part)
             yield lambda: True
-            self.ctas[0].number_empty[i].arrive()
-            yield mine.table_empty[i].passed(phase ^ 1)
-            assert number == self.claims[n], "a job twice or never"
-            job = mine.tables[i] = self.work.part(number)
-            yield lambda: True
-            mine.table_full[i].arrive()
+            mine.table_full[n & 1].arrive()
             if job.steps < 0:
                 return
             n += 1
 
     def job(self, rank: int, n: int) -> Part:
         job: Part = self.ctas[rank].tables[n & 1]
-        assert job.number == self.claims[n], "another job's table"
+        assert job.number == self.parts[n], "another job's table"
         return job
 
     def produce_weights(self, rank: int, part: int) -> Warp:
@@ -270,9 +277,12 @@ class Cluster:
             n += 1
 
 
-def run(sizes: Sizes, jobs: list[list[int]], seed: int, clusters: int = 1) -> None:
+Jobs = list[list[int]]  # steps of their parts
+
+
+def run(sizes: Sizes, jobs: Jobs, seed: int, clusters: int, joined: tuple[int, ...]) -> None:
     """Until all warps of some clusters have ended."""
-    work = Work(jobs, WARPS, sizes.broken)
+    work = Work(jobs, WARPS, sizes.broken, joined)
     running = [Cluster(sizes, work) for _ in range(clusters)]
     warps = [warp for cluster in running for warp in cluster.warps()]
     run_warps(warps, random.Random(seed), work.on_the_way)
@@ -282,18 +292,20 @@ def run(sizes: Sizes, jobs: list[list[int]], seed: int, clusters: int = 1) -> No
     work.check(sizes.cluster, sizes.wgs * WARPS)
 
 
-def errors(sizes: Sizes, jobs: list[list[int]], seeds: int, clusters: int = 1) -> set[str]:
+def errors(
+    sizes: Sizes, jobs: Jobs, seeds: int, clusters: int = 1, joined: tuple[int, ...] = ()
+) -> set[str]:
     """What goes wrong in so many orders of events."""
     found = set()
     for seed in range(seeds):
         try:
-            run(sizes, jobs, seed, clusters)
+            run(sizes, jobs, seed, clusters, joined)
         except AssertionError as error:
             found.add(str(error).splitlines()[0])
     return found
 
 
-def whole(*jobs: int) -> list[list[int]]:
+def whole(*jobs: int) -> Jobs:
     """Jobs that are not in parts."""
     return [[steps] for steps in jobs]
 
@@ -304,6 +316,13 @@ IN_PARTS = [
     [[2, 1, 0, 3], [0, 0, 0, 0], [4, 0, 1, 1]],
     [[1], [1, 0], [0, 2], [9, 1], [1, 1]],
     [[6, 5, 7]],
+]
+# As shares have them: three of two jobs, five of three, seven of four
+IN_SHARES: list[tuple[Jobs, tuple[int, ...]]] = [
+    ([[6, 2], [3, 5]], (1,)),
+    ([[4], [2, 1], [2, 3], [0, 5]], (2, 4)),
+    ([[3, 1], [2, 4, 0], [1, 3, 2], [2, 7]], (1, 4, 7)),
+    ([[0, 0], [0, 0]], (1,)),
 ]
 PLANNED = [
     Sizes(slots, token_slots, token_warps, weight_warps, cluster)
@@ -349,6 +368,15 @@ def test_parts_of_a_job_meet_in_the_last(cluster: int, clusters: int) -> None:
     """Whichever clusters have them, however far ahead they claim."""
     for jobs in IN_PARTS:
         assert errors(Sizes(cluster=cluster), jobs, 6, clusters) == set()
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_share_may_be_the_end_of_a_job_and_the_beginning_of_the_next(
+    cluster: int, clusters: int
+) -> None:
+    for jobs, joined in IN_SHARES:
+        assert errors(Sizes(cluster=cluster), jobs, 6, clusters, joined) == set()
 
 
 @pytest.mark.parametrize(

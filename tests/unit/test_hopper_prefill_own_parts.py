@@ -5,8 +5,11 @@ Index expressions are the kernels' own.
 
 from __future__ import annotations
 
+import math
 import random
 import re
+from fractions import Fraction
+from itertools import pairwise, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +18,9 @@ import torch
 from hopper_own import (
     JOBS,
     KERNEL,
-    claimed_job,
+    claimed_jobs,
     own_constants,
     pack_step,
-    part_begin,
     part_of,
     sum_offset,
     unpack_step,
@@ -29,7 +31,7 @@ from sglang_w4afp8.kernels.hopper import launch_prefill
 from sglang_w4afp8.kernels.hopper.build import CSRC
 from sglang_w4afp8.kernels.hopper.launch import Tensors
 from sglang_w4afp8.kernels.hopper.plan import Layer
-from sglang_w4afp8.kernels.hopper.plan_own import OWN_MOST_PARTS, OWN_PART_COST, Jobs
+from sglang_w4afp8.kernels.hopper.plan_own import OWN_PART_COST, Jobs
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill as planned
 
 LAYERS = [
@@ -44,32 +46,48 @@ TOKENS = (1, 9, 500, 1024, 1025, 2048, 3000, 5000, 16_384, 30_000)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
-def last_round(jobs: int, clusters: int, parts: int) -> float:
-    """How long a round of parts takes, in jobs: clusters do whole ones of them."""
-    ends = [0] * clusters
-    for _ in range(jobs % clusters * parts):
-        ends[ends.index(min(ends))] += 1
-    return max(ends) / parts + OWN_PART_COST * (parts - 1)
+def pieces(last: int, shares: int) -> list[list[Fraction]]:
+    """Of each job the sizes of its parts, cut where a share ends."""
+    cuts = {Fraction(i * last, shares) for i in range(shares)} | {Fraction(i) for i in range(last)}
+    ends = [*sorted(cuts), Fraction(last)]
+    found: list[list[Fraction]] = [[] for _ in range(last)]
+    for begin, end in pairwise(ends):
+        found[int(begin)].append(end - begin)
+    return found
+
+
+def last_round(last: int, shares: int) -> float:
+    """How long a round of shares takes, in jobs."""
+    return last / shares + OWN_PART_COST * (max(map(len, pieces(last, shares))) - 1)
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 39, 57, 66, 78, 132])
 def test_the_last_round_is_shared_where_it_ends_sooner(clusters: int) -> None:
     seen = set()
-    for jobs in [*range(1, 4 * clusters + 1), 10 * clusters + 1, 1792, 3 * 112]:
+    for jobs in [*range(1, 2 * clusters + 1, 3), clusters + 1, 10 * clusters + 1, 1792, 3 * 112]:
         for cluster, most in ((1, 256), (2, 1024)):
             found = Jobs.of(jobs, cluster, clusters, most)
             last = jobs % clusters
             assert found.whole + found.shared == jobs and found.shared in (0, last)
-            assert found.shared < clusters and 1 <= found.parts <= OWN_MOST_PARTS
-            assert (found.parts == 1) == (found.shared == 0)
-            assert found.whole % clusters == 0 or found.parts == 1
-            ends = {n: last_round(jobs, clusters, n) for n in range(1, OWN_MOST_PARTS + 1)}
-            assert ends[found.parts] == min(ends.values())
-            assert all(ends[fewer] > ends[found.parts] for fewer in range(1, found.parts))
+            assert (found.parts == 1) == (found.shared == 0) == (found.shares == 1)
+            if last:
+                ends = {n: last_round(last, n) for n in range(last, clusters + 1)}
+                least = min(ends.values())
+                assert math.isclose(ends[found.shares if found.shared else last], least)
+                assert found.shared or least == 1.0
+            if found.shared:
+                assert last < found.shares <= clusters
+                assert found.parts == max(map(len, pieces(last, found.shares)))
             assert found.places == found.shared * cluster
             assert found.sum_bytes == found.places * (found.parts - 1) * most * 128
-            seen.add(found.parts)
-    assert seen == ({1} if clusters == 1 else {1, 2})
+            seen.add(found.shared > 0)
+    assert seen == ({False} if clusters == 1 else {False, True})
+
+
+def test_a_round_of_a_few_more_jobs_than_half_is_shared_in_uneven_parts() -> None:
+    """38 jobs on 66 clusters: two parts of equal size would be 76."""
+    found = Jobs.of(16 * 112 // 2, 2, 66, 1024)
+    assert (found.whole, found.shared, found.shares, found.parts) == (13 * 66, 38, 57, 2)
 
 
 def arguments(layer: Layer, tokens: int) -> tuple[SimpleNamespace, int]:
@@ -100,62 +118,76 @@ def test_numbers_are_parts_of_jobs_and_have_their_places(layer: Layer) -> None:
         c, jobs = own_constants(plan.launches[2].kernel), plan.jobs
         assert jobs is not None
         cluster = c["kCluster"]
-        claimed, number, places = [], 0, set()
+        places, done, number = set[int](), dict[int, list[Fraction]](), 0
         while True:
-            job = claimed_job(p, cluster, number, 0)
-            if c_value("tile >= tiles", vars(job)):
+            here = claimed_jobs(p, cluster, number, 0)
+            if c_value("tile >= tiles", vars(here[0])):
                 break
-            claimed.append((job.job_number, job.part, job.parts))
+            assert len(here) == 1 or number >= jobs.whole
             for rank in range(cluster):
-                other = claimed_job(p, cluster, number, rank)
-                assert (other.tile, other.list) == (job.tile, job.group + rank)
-                if other.parts == 1:
-                    continue
-                place = getattr(other, "job.place")
-                assert 0 <= place < jobs.places
-                mine = place_of(p, c, place, other.part, other.parts)
-                if other.part + 1 < other.parts:
-                    assert mine not in places and mine % 16 == 0, "two parts' sums in one place"
-                    places.add(mine)
-                else:
-                    before = {place_of(p, c, place, i, other.parts) for i in range(other.part)}
-                    assert before <= places and len(before) == other.part, "others' sums"
+                for mine, other in zip(here, claimed_jobs(p, cluster, number, rank), strict=True):
+                    assert (other.tile, other.list) == (mine.tile, mine.group + rank)
+                    assert (other.job, other.part) == (mine.job, mine.part)
+                    if other.parts == 1:
+                        continue
+                    place = getattr(other, "job.place")
+                    assert 0 <= place < jobs.places and other.parts <= jobs.parts
+                    at = place_of(p, c, place, other.part)
+                    if other.part + 1 < other.parts:
+                        assert at not in places and at % 16 == 0, "two parts' sums in one place"
+                        places.add(at)
+                    else:
+                        before = {place_of(p, c, place, i) for i in range(other.part)}
+                        assert before <= places and len(before) == other.part, "others' sums"
+            for part in here:
+                done.setdefault(part.job, []).append(Fraction(part.end - part.begin, p.shares))
+                # Nobody waits but the last part of a job, and it is what its share ends with.
+                assert part is here[-1] or (part.part == 0 and part.parts > 1)
             number += 1
-        # Jobs in their order, and parts of each: the last one has the largest number.
-        assert claimed == sorted(claimed)
-        whole = [(job, 0, 1) for job in range(jobs.whole)]
-        behind = range(jobs.whole, jobs.whole + jobs.shared)
-        assert claimed == whole + [
-            (job, part, jobs.parts) for job in behind for part in range(jobs.parts)
-        ]
-        assert len({claimed_job(p, cluster, n, 0).job_number for n in range(number)}) == (
-            layer.hidden // 64 * -(-plan.down.count // cluster)
-        )
-        assert len(places) * c["kSumBytes"] == jobs.sum_bytes <= room
-        assert c["kSumBytes"] == jobs.place_bytes
-        assert places == {*range(p.sums, p.sums + jobs.sum_bytes, c["kSumBytes"])}
+        assert [*done] == sorted(done) == list(range(jobs.whole + jobs.shared))
+        assert len(done) == layer.hidden // 64 * -(-plan.down.count // cluster)
+        assert all(done[job] == [1] for job in range(jobs.whole))
+        if jobs.shared:
+            assert [done[jobs.whole + i] for i in range(jobs.shared)] == (
+                pieces(jobs.shared, jobs.shares)
+            )
+            assert number == jobs.whole + jobs.shares
+        assert c["kSumBytes"] == jobs.place_bytes and jobs.sum_bytes <= room
+        assert places <= {*range(p.sums, p.sums + jobs.sum_bytes, c["kSumBytes"])}
         assert p.zeros_end == p.handed + 4 * jobs.places
         seen.add(jobs.parts)
     assert seen != {1}
 
 
-@pytest.mark.parametrize("parts", range(2, OWN_MOST_PARTS + 1))
-def test_a_number_is_one_part_of_one_job(parts: int) -> None:
-    """Whatever the number of whole jobs; two CTAs of a cluster, and a list that is alone."""
-    for whole, shared in ((0, 1), (1, 5), (5, 2), (6, 3), (7, 65)):
-        p = SimpleNamespace(whole=whole, job_parts=parts, lists=1)
-        p.weights = SimpleNamespace(rows=64 * (whole + shared))
-        found = [claimed_job(p, 2, n, 1) for n in range(whole + shared * parts + 4)]
-        wanted = [(job, 0, 1) for job in range(whole)]
-        wanted += [(whole + job, part, parts) for job in range(shared) for part in range(parts)]
-        here = [(job.tile, job.part, job.parts) for job in found if job.tile < job.tiles]
-        assert here == wanted and all(job.tile >= job.tiles for job in found[len(wanted) :])
+@pytest.mark.parametrize(
+    ("shared", "shares"), [(1, 2), (1, 7), (38, 57), (38, 66), (5, 7), (7, 65)]
+)
+@pytest.mark.parametrize("whole", [0, 1, 7])
+def test_a_number_is_a_share_of_the_last_jobs(whole: int, shared: int, shares: int) -> None:
+    """Two CTAs of a cluster, and a list that is alone."""
+    p = SimpleNamespace(whole=whole, shared=shared, shares=shares, lists=1)
+    p.weights = SimpleNamespace(rows=64 * (whole + shared))
+    ends: dict[int, int] = {}
+    for number in range(whole + shares):
+        here = claimed_jobs(p, 2, number, 1)
+        assert len(here) <= 2 and all(part.tile < part.tiles for part in here)
+        if number >= whole:
+            assert sum(part.end - part.begin for part in here) == shared, "of equal size"
+        for part in reversed(here):  # in the order of jobs
+            assert part.begin == ends.get(part.tile, 0) and part.end > part.begin
+            ends[part.tile] = part.end
+            sizes = pieces(shared, shares)[part.tile - whole] if part.tile >= whole else [1]
+            assert part.parts == len(sizes)
+            assert Fraction(part.end - part.begin, shares) == sizes[part.part]
+    assert ends == {job: shares for job in range(whole + shared)}
+    for number in range(whole + shares, whole + shares + 4):
+        assert claimed_jobs(p, 2, number, 1)[0].tile >= whole + shared
 
 
-def place_of(p: SimpleNamespace, c: dict[str, int], place: int, part: int, parts: int) -> int:
+def place_of(p: SimpleNamespace, c: dict[str, int], place: int, part: int) -> int:
     """``place_of``."""
-    job, within = SimpleNamespace(place=place, parts=parts), ("u8* place_of(",)
-    found = c_value(c_find(KERNEL, within, "place"), {"job": job, "part": part})
+    job, within = SimpleNamespace(place=place), ("u8* place_of(",)
+    found = c_value(c_find(KERNEL, within, "place"), {"p": p, "job": job, "part": part})
     address: int = c_value(c_find(KERNEL, within, "return"), {**c, "p": p, "place": found})
     return address
 
@@ -222,6 +254,11 @@ def test_sums_are_there_before_they_are_counted_and_taken() -> None:
         for marker in markers:
             at = body.index(marker, at) + len(marker)
     jobs = " ".join((CSRC / JOBS).read_text().split())
+    claim = (
+        "if (!more) number = next_number(p, s, rank, claims++); barrier_wait(s.table_empty(n & 1),"
+    )
+    assert claim in jobs, "phases of numbers are those of claims, of tables those of parts"
+    assert "claimed = claimed_part(p, number, more); more = claimed.more;" in jobs
     assert "__syncwarp(); job.first = part_begin(" in jobs, "steps that another lane writes"
 
 
@@ -241,21 +278,21 @@ def some_counts() -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("parts", range(1, OWN_MOST_PARTS + 1))
-def test_parts_are_all_steps_and_cut_no_expert(parts: int) -> None:
-    for counts in some_counts():
+@pytest.mark.parametrize(("shared", "shares"), [(1, 1), (1, 2), (2, 3), (38, 57), (1, 5)])
+def test_parts_are_all_steps_and_cut_no_expert(shared: int, shares: int) -> None:
+    for counts, job in product(some_counts(), range(min(shared, 3))):
         steps = steps_of(counts)
-        begins = [part_begin(steps, part, parts) for part in range(parts + 1)]
-        assert begins[0] == 0 and begins[-1] == len(steps) and begins == sorted(begins)
+        sizes = pieces(shared, shares)[job]
+        ends = [int(sum(sizes[: i + 1]) * shares) for i in range(len(sizes))]
         found: list[int] = []
         owners: dict[int, int] = {}
-        for part in range(parts):
-            first, count = part_of(steps, part, parts)
-            assert (first, first + count) == (begins[part], begins[part + 1])
+        for part, (begin, end) in enumerate(pairwise([0, *ends])):
+            first, count = part_of(steps, begin, end, shares)
+            assert first == len(found)
             mine = steps[first : first + count]
             found += mine
             for bits in mine:
                 assert owners.setdefault(unpack_step(bits)[0], part) == part, "an expert cut"
             # Not longer than its share by more than the expert that its end is moved behind
-            assert count <= len(steps) / parts + max([*counts, 1])
+            assert count <= len(steps) * (end - begin) / shares + max([*counts, 1])
         assert found == steps

@@ -377,7 +377,8 @@ def test_workspace_has_room_for_what_owners_of_outputs_read(layer: Layer) -> Non
         jobs = plan.jobs
         assert jobs is not None and down.handed == up.tile_count + 4 * tiles
         assert (route.zeros or 0) + 4 * route.zero_count == down.handed + 4 * jobs.places
-        assert (down.whole, down.job_parts) == (jobs.whole, jobs.parts)
+        assert (down.whole, down.shared) == (jobs.whole, jobs.shared)
+        assert (down.shares, down.job_parts) == (jobs.shares, jobs.parts)
         assert room(down.sums) >= jobs.sum_bytes and down.sums % 16 == 0
         assert down.sums == route.xq or down.sums not in parts.values()
         assert room(route.zeros) >= 4 * route.zero_count

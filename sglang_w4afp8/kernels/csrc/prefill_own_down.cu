@@ -197,7 +197,9 @@ struct OwnBody {
   }
 
   // The sums of a list's tokens to memory; they are zero after it.
-  __device__ __forceinline__ void finish(const Job& job, u32 exponents) {
+  __device__ __forceinline__ void finish(int n) {
+    const Job job = *s.job(n & 1);  // again: the steps leave no registers for it
+    const u32 exponents = s.exponents(n & 1);
     named_sync(1, kConsumers);
     const int first = job.list * p.list_tokens;
     const int count = max(0, min(p.list_tokens, p.tokens - first));
@@ -216,8 +218,8 @@ struct OwnBody {
 
   // Sums of one of a job's parts, and their place in memory.
   __device__ __forceinline__ u8* place_of(const Job& job, int part) const {
-    const u64 place = static_cast<u64>(job.place) * (job.parts - 1) + part;
-    return p.sums + place * kSumBytes;
+    const u32 place = job.place * static_cast<u32>(p.job_parts - 1) + static_cast<u32>(part);
+    return p.sums + place * static_cast<u64>(kSumBytes);
   }
   __device__ __forceinline__ void hand_over(const Job& job, int count) {
     u8* to = place_of(job, job.part);
@@ -231,7 +233,8 @@ struct OwnBody {
       asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.handed + job.place) : "memory");
     }
   }
-  // Adds those of the parts before, in their order. They have smaller numbers, so CTAs are at them.
+  // Adds those of the parts before, in their order. CTAs are at them: they are in shares of smaller
+  // numbers, and no share begins with a part that waits for another one.
   __device__ __forceinline__ void take_over(const Job& job, int count) {
     if (threadIdx.x == 0) {
       u32 seen;
@@ -340,16 +343,18 @@ struct OwnBody {
     int own = wg;    // next step of this warpgroup, in the job
     for (int n = 0;; ++n) {
       barrier_wait(s.table_full(n & 1), n >> 1 & 1);
-      const Job job = *s.job(n & 1);
-      if (job.steps < 0) return;
+      const Job& job = *s.job(n & 1);
+      const int all = job.steps;
+      const bool twice = job.twice != 0;
+      if (all < 0) return;
       const Step* steps = s.steps(n & 1) + job.first;
       unit = job.unit * 512.0f;
-      if (own < job.steps) load(number + own);
-      for (; own < job.steps; own += kWgs) {
-        take(steps[own], number + own, own + kWgs < job.steps, job.twice != 0);
+      if (own < all) load(number + own);
+      for (; own < all; own += kWgs) {
+        take(steps[own], number + own, own + kWgs < all, twice);
       }
-      own -= job.steps, number += job.steps;
-      finish(job, s.exponents(n & 1));
+      own -= all, number += all;
+      finish(n);
       __syncwarp();
       if (kEveryLane || lane == 0) barrier_arrive(s.table_empty(n & 1));
     }

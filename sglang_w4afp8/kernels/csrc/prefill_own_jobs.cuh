@@ -54,11 +54,12 @@ struct PrefillOwnParams {
   const float* b_scale;   // static: (1); dynamic: (M * top_k)
   u16* out;               // (M, rows) bfloat16
   u32* claimed;           // zero before
-  u32* handed;            // (jobs in parts, kCluster) parts that are in `sums`; zero before
-  u8* sums;               // (jobs in parts, kCluster, job_parts - 1, kSumBytes)
+  u32* handed;            // (shared, kCluster) parts that are in `sums`; zero before
+  u8* sums;               // (shared, kCluster, job_parts - 1, kSumBytes)
   float factor;
   int tokens, top_k, lists, list_tokens, parts, experts, max_steps, b_rows;
-  int whole, job_parts;   // jobs that are not in parts; parts of the others
+  int whole, shared;      // jobs that are not in parts, and those that are cut into shares
+  int shares, job_parts;  // shares; parts of a job, at most
 };
 
 // An expert and at most kColumns of its columns in this CTA's list, perhaps none.
@@ -71,8 +72,8 @@ struct Step {
   __device__ __forceinline__ int count() const { return bits >> 10 & 63; }
   __device__ __forceinline__ int first() const { return bits >> 16; }
 };
-// Some steps of a row tile for a list. The last jobs are in parts, which several CTAs work on: all
-// but the last part hand their sums to it.
+// Some steps of a row tile for a list. The last jobs may be in parts, which several CTAs work on:
+// all but the last part hand their sums to it.
 struct __align__(16) Job {
   int steps, tile, list, twice;  // steps: -1 after the last job
   int first, part, parts;        // first step; this part, and how many there are
@@ -215,6 +216,24 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
   }
 }
 
+// What a claimed number stands for: a job, or a part of one of the last. Those are cut into shares of
+// equal size, whose ends are not theirs: a share may be the end of a job and the beginning of the
+// next one. That beginning is done first (`more`: the end comes then), as whoever has a job's last
+// part waits for the others. A part is `begin` to `end` of p.shares.
+struct Claimed {
+  int job, begin, end, part, parts;
+  bool more;
+};
+__device__ __forceinline__ Claimed claimed_part(const PrefillOwnParams& p, int number, bool again) {
+  if (number < p.whole || p.shared == 0) return Claimed{number, 0, p.shares, 0, 1, false};
+  const int share = number - p.whole, from = share * p.shared, to = from + p.shared;
+  const int ends = from / p.shares, begins = (to - 1) / p.shares;
+  const int job = again ? ends : begins, start = job * p.shares, end = start + p.shares;
+  const int first = start / p.shared, last = (end - 1) / p.shared;  // shares of the job
+  return Claimed{p.whole + job, max(from - start, 0), min(to - start, p.shares), share - first,
+                 last - first + 1, !again && ends != begins};
+}
+
 // The power of two that brings what is at most `bound` below 2^15, see scaling(). FP16 has 30 of
 // them, so it matters little that bounds are far above what sums are: 12 remain below a usual one's
 // last bit.
@@ -243,11 +262,11 @@ __device__ __forceinline__ void describe_sums(const PrefillOwnParams& p, int lis
   }
 }
 
-// The first step of a part. An expert is in one part only: which of its columns are in which of its
-// steps may differ from run to run, and the order in which a token's contributions are added up
-// must not.
-__device__ __forceinline__ int part_begin(const Step* steps, int count, u32 part, u32 parts) {
-  int begin = count * part / parts;
+// The first step of a part that begins at `at` of `all`. An expert is in one part only: which of
+// its columns are in which of its steps may differ from run to run, and the order in which a
+// token's contributions are added up must not.
+__device__ __forceinline__ int part_begin(const Step* steps, int count, int at, int all) {
+  int begin = count * at / all;
   while (begin > 0 && begin < count && steps[begin].expert() == steps[begin - 1].expert()) ++begin;
   return begin;
 }
@@ -259,7 +278,7 @@ __device__ __forceinline__ int part_begin(const Step* steps, int count, u32 part
 // (produce_tokens).
 __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const Shared& s, u32 rank) {
   const int lane = threadIdx.x & 31;
-  const u32 groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
+  const int groups = (p.lists + kCluster - 1) / kCluster, tiles = p.weights.rows / 64;
   float largest = 0.0f;
   for (int e = lane; e < p.experts; e += 32) largest = fmaxf(largest, p.largest[e]);
   for (int d = 16; d; d >>= 1) {
@@ -268,16 +287,17 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
   // Of a result before its weight and the scale of its tokens: |q| <= 448, codes up to 8.
   const float bound = largest * (kFp8Max * 8.0f * kK);
   const float unit = scaling(exponent_for(bound));
+  int number = 0, claims = 0;
+  bool more = false;
   for (int n = 0;; ++n) {
-    const u32 number = next_number(p, s, rank, n);
+    if (!more) number = next_number(p, s, rank, claims++);
     barrier_wait(s.table_empty(n & 1), (n >> 1 & 1) ^ 1);
+    const Claimed claimed = claimed_part(p, number, more);
+    more = claimed.more;
     // Lists run inside row tiles: a tile's weights are read from memory once.
-    const u32 whole = p.whole, parts = number < whole ? 1 : p.job_parts;
-    const u32 job_number = number < whole ? number : whole + (number - whole) / parts;
-    const u32 part = number < whole ? 0 : (number - whole) % parts;
-    const int tile = job_number / groups, group = job_number % groups * kCluster;
+    const int tile = claimed.job / groups, group = claimed.job % groups * kCluster;
     const int list = group + rank;
-    Job job{-1, tile, list, 0, 0, static_cast<int>(part), static_cast<int>(parts), 0, unit};
+    Job job{-1, tile, list, 0, 0, claimed.part, claimed.parts, 0, unit};
     if (tile < tiles) {
       Step* steps = s.steps(n & 1);
       int count = 0;
@@ -306,9 +326,9 @@ __device__ __forceinline__ void describe_jobs(const PrefillOwnParams& p, const S
         count += __shfl_sync(0xffffffffu, before, 31);
       }
       __syncwarp();
-      job.first = part_begin(steps, count, part, parts);
-      job.steps = part_begin(steps, count, part + 1, parts) - job.first;
-      job.place = (job_number - whole) * kCluster + rank;
+      job.first = part_begin(steps, count, claimed.begin, p.shares);
+      job.steps = part_begin(steps, count, claimed.end, p.shares) - job.first;
+      job.place = (claimed.job - p.whole) * kCluster + rank;
       for (int i = 0; list < p.lists && i < p.parts; ++i) {
         const int sorter = list * p.parts + i;  // the last list may have fewer
         if (sorter * (p.list_tokens / p.parts) < p.tokens) job.twice |= p.twice[sorter];

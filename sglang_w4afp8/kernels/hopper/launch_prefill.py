@@ -112,7 +112,7 @@ class _OwnDownParams(ctypes.Structure):
         ("handed", _P), ("sums", _P),
         ("factor", _F), ("tokens", _I), ("top_k", _I), ("lists", _I), ("list_tokens", _I),
         ("parts", _I), ("experts", _I), ("max_steps", _I), ("b_rows", _I), ("whole", _I),
-        ("job_parts", _I),
+        ("shared", _I), ("shares", _I), ("job_parts", _I),
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def launches_prefill(
             at["own largest"], q_scale, out.data_ptr(), claimed + 4, claimed + 4 * handed,
             at["xq" if over_xq else "sums"], factor, tokens, top_k,
             plan.down.count, plan.down.tokens, plan.down.parts, layer.experts, steps, q_rows,
-            plan.jobs.whole, plan.jobs.parts,
+            plan.jobs.whole, plan.jobs.shared, plan.jobs.shares, plan.jobs.parts,
         )  # fmt: skip
         return [(route, route_parameters), (up, up_parameters), (down, own_parameters)]
     down_parameters = _DownParams(

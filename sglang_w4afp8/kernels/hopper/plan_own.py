@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import (
@@ -36,8 +37,6 @@ OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_NOBODY = 4
 """Sums beside those of tokens, for columns without a pair."""
-OWN_MOST_PARTS = 2
-"""CTAs that work on one of the last jobs; with the cost of a part, more never end sooner."""
 OWN_PART_COST = 0.25
 """Of a part more, in jobs: describing it, handing its sums over. From times on an H100, of which no
 file was kept."""
@@ -51,14 +50,17 @@ class Jobs:
 
     Attributes:
         whole: jobs that one CTA does, the first ones. Counted in clusters.
-        shared: jobs that two CTAs do, each some of the experts.
-        parts: how many CTAs.
+        shared: jobs of the last round, if they are cut into shares.
+        shares: how many. They take equally long: some are part of a job, others the end of a job
+            and the beginning of the next one.
+        parts: that a job is cut into, at most.
         places: jobs of CTAs that are shared: there is a sum for each of their parts but one.
         place_bytes: of such a sum.
     """
 
     whole: int
     shared: int
+    shares: int
     parts: int
     places: int
     place_bytes: int
@@ -80,12 +82,19 @@ class Jobs:
         """
         last = jobs % clusters
 
-        def rounds(parts: int) -> float:
-            return -(-last * parts // clusters) / parts + OWN_PART_COST * (parts - 1)
+        def parts(shares: int) -> int:
+            """Of the job that begins furthest in a share: at so many of its ``last`` units."""
+            furthest = last - gcd(last, shares)
+            return (furthest + shares - 1) // last + 1
 
-        parts = min(range(1, OWN_MOST_PARTS + 1), key=rounds)
-        shared = last if parts > 1 else 0
-        return cls(jobs - shared, shared, parts, shared * cluster, most * ROW_TILE * 2)
+        def rounds(shares: int) -> float:
+            return last / shares + OWN_PART_COST * (parts(shares) - 1)
+
+        shares = min(range(last, clusters + 1), key=rounds) if last else 0
+        place_bytes = most * ROW_TILE * 2
+        if shares == last:
+            return cls(jobs, 0, 1, 1, 0, place_bytes)
+        return cls(jobs - last, last, shares, parts(shares), last * cluster, place_bytes)
 
 
 def own_cluster(lists: int) -> int:
