@@ -77,7 +77,7 @@ def pack_step(expert: int, first: int, count: int) -> int:
 def unpack_step(bits: int) -> tuple[int, int, int]:
     """Expert, first column, number of columns."""
     texts = (c_find(JOBS, (f"int {name}() const",), "return") for name in STEP)
-    expert, first, count = (c_value(text, {"bits": bits}) for text in texts)
+    expert, first, count = (c_value(text, {"kMaxExperts": 512, "bits": bits}) for text in texts)
     return expert, first, count
 
 

@@ -15,15 +15,6 @@
 // expert. W4_K is all of K. W4_TILES, W4_GROUP, W4_MINUS_EIGHT: as ever (hopper/layout.py).
 #include "prefill_own.cuh"
 
-// Waits until all lanes have `value`. ptxas 13.0 leaves no instruction of it, as nobody needs the
-// vote: then loads and what follows are only issued in this order.
-__device__ __forceinline__ void vote_on(u32 value) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0;\nvote.sync.any.pred p, p, 0xffffffff;\n}\n" ::"r"(
-          value)
-      : "memory");
-}
-
 // Whether weights of a warpgroup's next step are loaded before its turn in this one. The slot's
 // last user must be done, or the wait would lag two phases behind: with few slots that is known
 // only later.
@@ -34,6 +25,8 @@ struct OwnBody {
   const Shared& s;
   u32 rank;
   int wg, warp, lane;  // warp: of the warpgroup
+  u32 codes_at, scales_at;  // this thread's in a stage
+  u32 zero;  // 0, which the compiler does not know
   u32 turns = 0;       // that this warpgroup has had
   float unit = 0.0f;   // of the job, times what codes are decoded to
   uint4 codes[kK / 64];  // of the next step
@@ -138,22 +131,19 @@ struct OwnBody {
   // Weights of step `number`, counted over all jobs. Their slot is free for its next user then, and
   // expects it.
   __device__ __forceinline__ void load(u32 number) {
-    const int thread = warp * 32 + lane;
     const u32 slot = number % kWeightSlots, full = s.weights_full(slot);
-    const u32 w = s.weights(slot) + thread * 16;
-    const u32 scale_at = s.weights(slot) + kTileBytes + (warp * 8 + (lane >> 2)) * 4;
+    const u32 w = s.weights(slot) + codes_at, scale_at = s.weights(slot) + scales_at;
     barrier_wait(full, number / kWeightSlots & 1);
 #pragma unroll
     for (int i = 0; i < kK / 64; ++i) codes[i] = lds128(w + i * 2048);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
-    if (thread == 0) barrier_expect(full, kStageBytes);
-    // Loads return in order. The last one's value should be there before another CTA hears of it:
-    // an arrival there is not ordered behind loads here. Where the vote is left out, it still takes
-    // a trip through that CTA and L2 before the slot is filled again.
-    vote_on(scales[kGroups - 1]);
+    if (warp == 0 && lane == 0) barrier_expect(full, kStageBytes);
+    // An arrival in another CTA is not ordered behind loads here, so its address has to wait for
+    // what they return. They do so in order.
+    const u32 known = kCluster > 1 ? (codes[kK / 64 - 1].w | scales[kGroups - 1]) & zero : 0;
     if (kEveryLane || lane == 0) {
-      arrive_at(s.weights_empty(slot), (number + kWeightSlots) % kCluster, rank);
+      arrive_at(s.weights_empty(slot) | known, (number + kWeightSlots) % kCluster, rank);
     }
   }
 
@@ -174,23 +164,26 @@ struct OwnBody {
     const u32 at = number % kTokenSlots;
     barrier_wait(s.tokens_full(at), number / kTokenSlots & 1);
     const int count = uniform(step.count());
-    if (count == 0) {
+    // Most steps have more than 24 (hopper/plan_own.py, OWN_USUAL_COLUMNS).
+    if (kColumns > 24 && count > 24) {
+      if (count <= 32) {
+        if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
+      } else if (count <= 40) {
+        if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
+      } else {
+        if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
+      }
+    } else if (count > 16) {
+      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
+    } else if (count > 8) {
+      run<16>(a, number, another, twice);
+    } else if (count > 0) {
+      run<8>(a, number, another, twice);
+    } else {
       __syncwarp();
       if (kEveryLane || lane == 0) barrier_arrive(s.tokens_empty(at));
       if (kEarly && another) load(number + kWgs);
       wait_turn();
-    } else if (count <= 8) {
-      run<8>(a, number, another, twice);
-    } else if (count <= 16) {
-      run<16>(a, number, another, twice);
-    } else if (count <= 24) {
-      if constexpr (kColumns >= 24) run<24>(a, number, another, twice);
-    } else if (count <= 32) {
-      if constexpr (kColumns >= 32) run<32>(a, number, another, twice);
-    } else if (count <= 40) {
-      if constexpr (kColumns >= 40) run<40>(a, number, another, twice);
-    } else {
-      if constexpr (kColumns >= 48) run<48>(a, number, another, twice);
     }
     pass_turn();
     if (!kEarly && another) load(number + kWgs);
@@ -230,7 +223,8 @@ struct OwnBody {
     named_sync(1, kConsumers);
     if (threadIdx.x == 0) {
       asm volatile("fence.acq_rel.gpu;" ::: "memory");
-      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(p.handed + job.place) : "memory");
+      u32* handed = p.handed + job.place;
+      asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(handed) : "memory");
     }
   }
   // Adds those of the parts before, in their order. CTAs are at them: they are in shares of smaller
@@ -389,7 +383,9 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kWgs == 4 ? 96 : 128));
     const int thread = threadIdx.x & 127;
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
-                 kept(thread & 31), 0, {}, {}};
+                 kept(thread & 31), kept(static_cast<u32>(thread) * 16),
+                 kept(kTileBytes + static_cast<u32>(thread & ~3)),
+                 kept(static_cast<u32>(p.lists) >> 31), 0, 0.0f, {}, {}};
     body.consume();
   }
   __syncwarp();

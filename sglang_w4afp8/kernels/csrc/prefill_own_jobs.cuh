@@ -66,11 +66,11 @@ struct PrefillOwnParams {
 struct Step {
   u32 bits;
   __device__ __forceinline__ static Step of(int expert, int first, int count) {
-    return Step{static_cast<u32>(expert | count << 10 | first << 16)};
+    return Step{static_cast<u32>(expert | first << 9 | count << 26)};
   }
-  __device__ __forceinline__ int expert() const { return bits & 1023; }
-  __device__ __forceinline__ int count() const { return bits >> 10 & 63; }
-  __device__ __forceinline__ int first() const { return bits >> 16; }
+  __device__ __forceinline__ int expert() const { return bits & (kMaxExperts - 1); }
+  __device__ __forceinline__ int count() const { return bits >> 26; }
+  __device__ __forceinline__ int first() const { return bits >> 9 & 0x1ffff; }
 };
 // Some steps of a row tile for a list. The last jobs may be in parts, which several CTAs work on:
 // all but the last part hand their sums to it.
