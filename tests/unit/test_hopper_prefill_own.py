@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -239,11 +240,55 @@ def test_steps_cover_columns_once_and_agree_in_a_cluster(
 
 
 def test_a_step_fits_its_word() -> None:
-    for expert, first, count in ((511, 65_535, 48), (0, 0, 0), (511, 0, 1), (0, 65_535, 63)):
+    for expert, first, count in ((511, 65_535, 48), (0, 0, 0), (511, 0, 1), (0, 65_536, 63)):
         assert unpack_step(pack_step(expert, first, count)) == (expert, first, count)
-    # An empty step behind the last of 65,536 columns has lost its place, which nobody reads.
+    # An empty step may be behind the last of 65,536 columns.
     for layer in LAYERS:
         assert plan_own.own_tokens(layer) * layer.top_k <= 65_536
+
+
+def branch(text: str, scope: dict[str, int]) -> str:
+    """The statements of a chain of ifs that are reached; what is nested stays as it is."""
+    while text.startswith("if ("):
+        condition, rest = text.removeprefix("if (").split(") {", 1)
+        depth, end = 1, 0
+        while depth:
+            depth += {"{": 1, "}": -1}.get(rest[end], 0)
+            end += 1
+        if c_value(condition, scope):
+            return rest[: end - 1].strip()
+        text = rest[end:].strip().removeprefix("else").strip()
+    return text.removeprefix("{").rsplit("}", 1)[0].strip()
+
+
+@pytest.mark.parametrize("most", range(16, plan_own.OWN_MOST_COLUMNS + 1, 8))
+def test_a_step_is_multiplied_with_the_fewest_columns_that_are_described(most: int) -> None:
+    """``take``, ``run`` and what ``produce_tokens`` says of columns."""
+    text = (CSRC / KERNEL).read_text()
+    text = text[text.index("const int count = uniform(step.count());") :]
+    text = text[text.index("    if (") : text.index("    pass_turn();")].strip()
+    feed = (CSRC / FEED).read_text()
+    leave = re.search(r"if \((.*)\) break;  // nobody reads these", feed)
+    assert leave is not None
+    for count in range(most + 1):
+        scope = {"kColumns": most, "count": count}
+        reached = text
+        while reached.startswith("if (") and not reached.startswith("if constexpr"):
+            reached = branch(reached, scope)
+        found = re.fullmatch(r"(?:if constexpr \((.*)\) )?run<(\d+)>\(.*\);", reached)
+        if count == 0:
+            assert found is None and "wait_turn();" in reached
+            continue
+        assert found is not None, reached
+        assert found[1] is None or c_value(found[1], scope), "a step that is left out"
+        columns = int(found[2])
+        assert count <= columns < count + 8
+        described = set()
+        for i in range(-(-most // 32)):
+            if c_value(leave[1], {"i": i, "now": SimpleNamespace(here=count)}):
+                break
+            described |= {lane + 32 * i for lane in range(32) if lane + 32 * i < most}
+        assert {*range(columns)} <= described
 
 
 def test_a_token_is_found_without_division() -> None:

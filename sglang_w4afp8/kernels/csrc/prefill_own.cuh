@@ -108,6 +108,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     }
 #pragma unroll
     for (int i = 0; i < (kColumns + 31) / 32; ++i) {
+      if (i > 0 && now.here <= i * 32) break;  // nobody reads these
       const Column& column = now.column[i];
       // Lanes of the warps that add have other sums where there is no pair.
       u32 at = s.sums + sum_offset(kMostTokens + (lane >> 1) % kNobody);
