@@ -52,27 +52,41 @@ def test_slices_and_room(
 
 
 @pytest.mark.parametrize(
-    ("inner", "tokens", "slice_bytes"),
+    ("hidden", "inner", "tokens", "slice_bytes", "room"),
     [
-        (512, 200, 1),
-        (512, 200, 2**28),
-        (256, 1100, 2**28),
-        (128, 1100, 2**28),
-        (128, 200, 2**28),  # gate and up in clusters
+        (7168, 512, 200, 1, 8),
+        (7168, 512, 200, 2**28, 8),
+        (7168, 512, 1100, 2**28, 8),  # tiles of more than 128 tokens
+        (7168, 512, 1100, 2**28, 0.5),  # gathered
+        (7168, 256, 1100, 2**28, 8),
+        (7168, 128, 1100, 2**28, 8),
+        (7168, 128, 200, 2**28, 8),  # gate and up in clusters
+        (5120, 256, 500, 2**28, 8),  # items of gate and up in halves, jobs of down in shares
+        (2560, 256, 1000, 2**28, 8),  # shares of clusters
     ],
 )
 def test_a_few_items_for_each_cta(
-    inner: int, tokens: int, slice_bytes: int, monkeypatch: pytest.MonkeyPatch
+    hidden: int,
+    inner: int,
+    tokens: int,
+    slice_bytes: int,
+    room: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All that CTAs share and use again, in calls short enough for a race detector."""
     monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
-    case = moe.Case(experts=6, hidden=7168, inner=inner, top_k=4)
+    monkeypatch.setattr(plan_prefill, "ROOM", room)
+    case = moe.Case(experts=6, hidden=hidden, inner=inner, top_k=4)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    _, up, _ = plan_prefill.plan_prefill(case.layer, tokens, sms).launches
-    clusters = dict(up.kernel.defines).get("W4_CLUSTER", 1) == 2
+    plan = plan_prefill.plan_prefill(case.layer, tokens, sms)
+    clusters = dict(plan.launches[1].kernel.defines).get("W4_CLUSTER", 1) == 2
     assert clusters == (inner == 128 and tokens == 200)
+    if hidden < 7168 and sms == 132:
+        assert plan.jobs is not None and plan.jobs.shares % plan.jobs.shared != 0
     weights = moe.random_weights(case)
     x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
     route = moe.routing(case, tokens, "holes", tokens)
-    out = moe.call(case, moe.stage_order(case, weights), x, *route, "prefill")
+    shuffled = moe.stage_order(case, weights)
+    out = moe.call(case, shuffled, x, *route, "prefill")
     assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
+    assert torch.equal(out, moe.call(case, shuffled, x, *route, "prefill")), "two runs differ"
