@@ -243,8 +243,8 @@ def test_a_step_fits_its_word() -> None:
     for expert, first, count in ((511, 65_535, 48), (0, 0, 0), (511, 0, 1), (0, 65_536, 63)):
         assert unpack_step(pack_step(expert, first, count)) == (expert, first, count)
     # An empty step may be behind the last of 65,536 columns.
-    for layer in LAYERS:
-        assert plan_own.own_tokens(layer) * layer.top_k <= 65_536
+    for layer in (*LAYERS, Layer(512, 7168, 256, 128, 128, 256, False, False)):
+        assert 0 < plan_own.own_tokens(layer) * layer.top_k <= 65_536
 
 
 def branch(text: str, scope: dict[str, int]) -> str:

@@ -26,7 +26,7 @@ struct OwnBody {
   u32 rank;
   int wg, warp, lane;  // warp: of the warpgroup
   u32 codes_at, scales_at;  // this thread's in a stage
-  u32 zero;  // 0, which the compiler does not know
+  u32 zero;            // unknown_zero
   u32 turns = 0;       // that this warpgroup has had
   float unit = 0.0f;   // of the job, times what codes are decoded to
   uint4 codes[kK / 64];  // of the next step
@@ -139,9 +139,12 @@ struct OwnBody {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) scales[i] = lds32(scale_at + i * 128);
     if (warp == 0 && lane == 0) barrier_expect(full, kStageBytes);
-    // An arrival in another CTA is not ordered behind loads here, so its address has to wait for
-    // what they return. They do so in order.
+    // An arrival in another CTA is not ordered behind loads here, so its address waits for the last
+    // of either kind. They return as issued; that none is issued behind both is the compiler's
+    // choice, seen in machine code. The slot is filled again no sooner than after a trip through
+    // that CTA and L2.
     const u32 known = kCluster > 1 ? (codes[kK / 64 - 1].w | scales[kGroups - 1]) & zero : 0;
+    __syncwarp();
     if (kEveryLane || lane == 0) {
       arrive_at(s.weights_empty(slot) | known, (number + kWeightSlots) % kCluster, rank);
     }
@@ -385,7 +388,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     OwnBody body{p, s, rank, uniform(static_cast<int>(threadIdx.x >> 7)), uniform(thread >> 5),
                  kept(thread & 31), kept(static_cast<u32>(thread) * 16),
                  kept(kTileBytes + static_cast<u32>(thread & ~3)),
-                 kept(static_cast<u32>(p.lists) >> 31), 0, 0.0f, {}, {}};
+                 kept(unknown_zero(p)), 0, 0.0f, {}, {}};
     body.consume();
   }
   __syncwarp();

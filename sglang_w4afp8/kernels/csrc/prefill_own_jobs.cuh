@@ -193,6 +193,11 @@ __device__ __forceinline__ void copy_to_all(u32 dst, const void* src, u32 bytes,
 }
 
 // ---- jobs ---------------------------------------------------------------------------------------
+// 0, which the compiler does not know: a way to make an address wait for a value.
+__device__ __forceinline__ u32 unknown_zero(const PrefillOwnParams& p) {
+  return static_cast<u32>(p.lists) >> 31;
+}
+
 // Claims for the cluster: the first CTA tells all of them. A whole warp; returns the job's number.
 __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shared& s, u32 rank,
                                            int n) {
@@ -211,15 +216,17 @@ __device__ __forceinline__ u32 next_number(const PrefillOwnParams& p, const Shar
     barrier_wait_cluster(s.number_full(i), n >> 1 & 1);
     const u32 number = lds32(smem_address(&numbers[i]));
     __syncwarp();
-    if (kEveryLane || lane == 0) barrier_arrive_at(s.number_empty(i), 0);
+    // The address waits for what was read.
+    const u32 empty = s.number_empty(i) | (number & unknown_zero(p));
+    if (kEveryLane || lane == 0) barrier_arrive_at(empty, 0);
     return number;
   }
 }
 
-// What a claimed number stands for: a job, or a part of one of the last. Those are cut into shares of
-// equal size, whose ends are not theirs: a share may be the end of a job and the beginning of the
-// next one. That beginning is done first (`more`: the end comes then), as whoever has a job's last
-// part waits for the others. A part is `begin` to `end` of p.shares.
+// What a claimed number stands for: a job, or a part of one of the last. Those are cut into shares
+// of equal size, wherever that is: a share may be the end of a job and the beginning of the next
+// one. The beginning is done first (`more`: the end comes then), as whoever has a job's last part
+// waits for the others. A part is `begin` to `end` of p.shares.
 struct Claimed {
   int job, begin, end, part, parts;
   bool more;

@@ -20,6 +20,8 @@ OWN_MOST_K = 256
 """Longest K for which CTAs own outputs: what they read grows with it."""
 OWN_TOKENS = (256, 512, 1024)
 """Most tokens whose sums a CTA has, 128 KB of FP16."""
+OWN_MOST_PAIRS = 1 << 16
+"""Pairs of a list that a step can tell apart (``Step`` in prefill_own_jobs.cuh)."""
 OWN_USUAL_COLUMNS = 32
 """Tokens of a list that an expert should have: the more, the less is decoding weights for each."""
 OWN_MOST_COLUMNS = 48
@@ -125,7 +127,7 @@ def own_tokens(layer: Layer) -> int:
         return 0
     # About OWN_USUAL_COLUMNS tokens of a list have an expert.
     usual = OWN_USUAL_COLUMNS * layer.experts // layer.top_k
-    most = min(OWN_TOKENS[-1], max(OWN_TOKENS[1], usual))
+    most = min(OWN_TOKENS[-1], max(OWN_TOKENS[1], usual), OWN_MOST_PAIRS // layer.top_k)
     step = own_parts(layer, most) * 8
     return most // step * step
 
