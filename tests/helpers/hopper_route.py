@@ -319,7 +319,7 @@ class Route:
             tokens = sum(self.counts[i][tid] for i in in_list)
             before = sum(self.counts[i][tid] for i in in_list if i < part)
             here = s | {"tid": tid, "first": first, "tokens": tokens, "before": before}
-            here = c_locals(SOURCE, within, f"{CUT} width kind", here)
+            here = c_locals(SOURCE, within, f"{CUT} kind", here)
             fields = zip(("mine", "all"), c_value(text, here), strict=True)
             begins.append(SimpleNamespace(**dict(fields)))
             if writes and not has_tiles:

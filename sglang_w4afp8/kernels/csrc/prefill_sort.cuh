@@ -122,11 +122,10 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   const int tiles = (least + lists.together - 1) & -lists.together;
   const int share = tiles > 0 ? (tokens + tiles - 1) / tiles : 0;
   const int step = share > 96 ? 8 : 16;  // as with_columns (prefill.cuh) has them
-  const int size = (share + step - 1) / step * step;
-  // Wide tiles first: a tile begun near the end should not take long. In the order of the list
-  // tiles are in that of their rows.
-  const int width = lists.tile_tokens / kClasses;
-  const int kind = p.sorted.place == nullptr && tiles > 0 ? kClasses - 1 - (size - 1) / width : 0;
+  const int size = (share + step - 1) & -step;
+  // Wide tiles first: one begun near the end should not take long. With few columns a tile takes as
+  // long as its weights. In the order of the list tiles are in that of their rows.
+  const int kind = p.sorted.place == nullptr ? (size <= 96) + (size <= 64) : 0;
   int pair_sum = tokens;
   u64 tile_sum = static_cast<u64>(tiles) << 16 * kind;
   for (int d = 1; d < 32; d <<= 1) {
