@@ -41,7 +41,7 @@ def names_twice(ids: list[int], local: list[int], begin: int, top_k: int) -> boo
         for lane, expert in enumerate(local[start : start + 32]):
             pair, ours = begin + start + lane, expert >= 0
             thread = (start + lane) % ROUTE["kThreads"]
-            here = scope | {"pair": pair, "ours": ours, "expert": [expert], "i": 0}
+            here = scope | {"pair": pair, "ours": ours, "expert": expert}
             here = c_locals(OWN, within, "token", here)
             here["threadIdx"] = SimpleNamespace(x=thread)
             if in_warp:
@@ -118,30 +118,28 @@ def rank_in_order(keys: list[int], counts: list[int]) -> list[int]:
     Args:
         keys: of pairs, -1 for those of other ranks.
         counts: words of two keys, zero before.
+
+    Returns:
+        Keys with ranks.
     """
-    ranks, within = [0] * len(keys), ("void rank_in_order",)
-    threads, mine = ROUTE["kThreads"], ROUTE["kMine"]
-    padded = keys + [-1] * (threads * mine - len(keys))
+    pairs, within = list(keys), ("void rank_in_order",)
     add = c_find(OWN, within, "atomicAdd(").replace("&counts[key / 2]", "key / 2")
+    put = c_find(OWN, within, "pairs[first + lane]")
     names = {**ROUTE, "half_of": half_of, "__popc": int.bit_count, "counts": counts}
-    for i in range(mine):
-        for warp in range(ROUTE["kWarps"]):
-            first = i * threads + warp * 32
-            lanes = padded[first : first + 32]
-            if max(lanes) < 0:
-                continue
-            scopes = []
-            for lane, key in enumerate(lanes):  # all lanes read, then the last ones add
-                same = sum(1 << other for other in range(32) if lanes[other] == key)
-                scope = names | {"same": same, "lane": lane, "keys": [key], "i": 0}
-                scopes.append(c_locals(OWN, within[0], "key before rank[i]", scope))
-            for lane, key in enumerate(lanes):
-                if key >= 0:
-                    ranks[first + lane] = scopes[lane]["rank[i]"]
-                    if scopes[lane]["same"] >> lane == 1:
-                        word, more = c_value(add, scopes[lane])
-                        counts[word] += more
-    return ranks
+    for first in range(0, len(keys), 32):
+        lanes = keys[first : first + 32]
+        scopes = []
+        for lane, pair in enumerate(lanes):  # all lanes read, then the last ones add
+            same = sum(1 << other for other, key in enumerate(lanes) if key == pair)
+            scope = names | {"same": same, "lane": lane, "pair": pair}
+            scopes.append(c_locals(OWN, within[0], "key before rank", scope))
+        for lane, pair in enumerate(lanes):
+            if pair != ROUTE["kNotOurs"]:
+                pairs[first + lane] = c_value(put, scopes[lane])
+                if scopes[lane]["same"] >> lane == 1:
+                    word, more = c_value(add, scopes[lane])
+                    counts[word] += more
+    return pairs
 
 
 def words_of(four: list[int]) -> list[int]:
@@ -227,27 +225,25 @@ class Route:
     def sort_own(self, top_k: int) -> None:
         """``sort_own_part`` of all blocks."""
         within, p = "void sort_own_part", SimpleNamespace(own=SimpleNamespace(top_k=top_k))
-        scope = {**ROUTE, "p": p, "i": 0, "half_of": half_of, "column_for": column_for}
-        atomic = c_find(OWN, (within,), "rank[i]")
+        scope = {**ROUTE, "p": p, "half_of": half_of, "column_for": column_for, "twice": False}
+        atomic = c_find(OWN, (within,), "rank")
         atomic = atomic.replace("atomicAdd(&counts[key / 2], 1u << half)", "old")
-        all_keys, ranks, fours = [], [], []
+        put = c_find(OWN, (within,), "tables.pairs[i]")
+        all_keys, fours = [], []
         for number, experts in enumerate(self.local):
-            keys, words, rank = [], [0] * (2 * MAX_EXPERTS), [0] * len(experts)
-            for i, e in enumerate(experts):
-                here = scope | {"begin": number * self.part, "tid": i, "keys": [e]}
-                here = c_locals(OWN, within, "token", here)
-                text = c_find(OWN, (within, "if (keys[i] >= 0)"), "keys[i]")
-                keys.append(c_value(text, here) if e >= 0 else -1)
+            words, keys = [0] * (2 * MAX_EXPERTS), [ROUTE["kNotOurs"]] * len(experts)
             self.twice.append(names_twice(self.ids, experts, number * self.part, top_k))
+            for i in self.any_order(experts):
+                here = scope | {"begin": number * self.part, "i": i, "expert": experts[i]}
+                here = c_locals(OWN, within, "token key half", here) | {"rank": 0}
+                if not self.twice[-1]:
+                    word = here["key"] // 2
+                    here["rank"] = c_value(atomic, here | {"old": words[word]})
+                    words[word] += 1 << here["half"]
+                keys[i] = c_value(put, here)
             if self.twice[-1]:
-                rank = rank_in_order(keys, words)
-            else:
-                for i in self.any_order(experts):
-                    key, half = keys[i], half_of(keys[i])
-                    rank[i] = c_value(atomic, {"key": key, "half": half, "old": words[key // 2]})
-                    words[key // 2] += 1 << half
+                keys = rank_in_order(keys, words)
             all_keys.append(keys)
-            ranks.append(rank)
             fours.append([words[2 * e] | words[2 * e + 1] << 32 for e in range(MAX_EXPERTS)])
             self.counts.append([of_four("sum_of", four) for four in fours[-1]])
         for number, keys in enumerate(all_keys):
@@ -263,10 +259,9 @@ class Route:
             here["up_first"] = [begin.mine for begin in self.place_part("up", number)]
             here["down_first"] = [begin.all for begin in self.place_part("down", number)]
             up, down = (self.list_begin(name, number) for name in ("up", "down"))
-            for i, key in enumerate(keys):
-                if key >= 0:
-                    one = here | {"keys": [key], "rank": [ranks[number][i]]}
-                    names = "key e up_row column at"
+            for i, found in enumerate(keys):
+                if found != ROUTE["kNotOurs"]:
+                    one, names = here | {"found": found}, "key rank e up_row column at"
                     one = c_locals(OWN, f"{within} > const u16* up_ranks", names, one)
                     pair = number * self.part + i
                     self.put("up", up + one["up_row"], pair)
@@ -319,7 +314,7 @@ class Route:
             tokens = sum(self.counts[i][tid] for i in in_list)
             before = sum(self.counts[i][tid] for i in in_list if i < part)
             here = s | {"tid": tid, "first": first, "tokens": tokens, "before": before}
-            here = c_locals(SOURCE, within, f"{CUT} kind", here)
+            here = c_locals(SOURCE, within, f"{CUT} ordered kind", here)
             fields = zip(("mine", "all"), c_value(text, here), strict=True)
             begins.append(SimpleNamespace(**dict(fields)))
             if writes and not has_tiles:

@@ -94,7 +94,8 @@ def test_kernels_fit_the_hardware(layer: Layer) -> None:
     route = c_constants("prefill_route.cu", {})
     tables = sum(f"u64 {name}[kMaxExperts];" in SORT_TEXT for name in ("mine", "before", "all"))
     shared = planned(layer, 1, 132).launches[0].shared_bytes
-    assert tables == 3 and shared == (tables * 8 * route["kMaxExperts"] if own else 0)
+    asked = tables * 8 * route["kMaxExperts"] + 4 * route["kPart"]
+    assert tables == 3 and "u32 pairs[kPart];" in SORT_TEXT and shared == (asked if own else 0)
     assert route["kMaxExperts"] == route["kThreads"] == MAX_EXPERTS  # a thread for each expert
     assert route["kPart"] == plan_lists.SORT_PAIRS
 

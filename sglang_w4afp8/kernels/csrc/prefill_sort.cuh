@@ -100,6 +100,16 @@ struct WarpSums {
   u64 tiles[kWarps];
 };
 
+// What the lanes up to this one have.
+__device__ __forceinline__ void sums_up_to(int& pairs, u64& tiles) {
+  const int lane = threadIdx.x & 31;
+  for (int d = 1; d < 32; d <<= 1) {
+    const int a = __shfl_up_sync(0xffffffffu, pairs, d);
+    const u64 b = __shfl_up_sync(0xffffffffu, tiles, d);
+    if (lane >= d) pairs += a, tiles += b;
+  }
+}
+
 // Thread e of the block of part `part`: where expert e's pairs of this part begin in its list, and
 // where all of them do. The first part of a list also writes its tiles.
 struct Begin {
@@ -111,7 +121,7 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   const int list = part / lists.parts, first_part = list * lists.parts;
   const int last_part = min(first_part + lists.parts, p.sorters);
   int before = 0, tokens = 0;
-#pragma unroll 16
+#pragma unroll 8
   for (int i = first_part; i < last_part; ++i) {
     const int n = __ldcg(p.counts + i * kMaxExperts + tid);
     before += i < part ? n : 0;
@@ -124,24 +134,23 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   const int step = share > 96 ? 8 : 16;  // as with_columns (prefill.cuh) has them
   const int size = (share + step - 1) & -step;
   // Wide tiles first: one begun near the end should not take long. With few columns a tile takes as
-  // long as its weights. In the order of the list tiles are in that of their rows.
-  const int kind = p.sorted.place == nullptr ? (size <= 96) + (size <= 64) : 0;
+  // long as its weights. In the order of the list tiles are in that of their rows; with clusters it
+  // was slower (measured).
+  const bool ordered = p.sorted.place == nullptr && lists.together == 1;
+  const int kind = ordered ? (size <= 96) + (size <= 64) : 0;
   int pair_sum = tokens;
   u64 tile_sum = static_cast<u64>(tiles) << 16 * kind;
-  for (int d = 1; d < 32; d <<= 1) {
-    const int a = __shfl_up_sync(0xffffffffu, pair_sum, d);
-    const u64 b = __shfl_up_sync(0xffffffffu, tile_sum, d);
-    if (lane >= d) pair_sum += a, tile_sum += b;
-  }
+  sums_up_to(pair_sum, tile_sum);
   __syncthreads();
   if (lane == 31) sums.pairs[warp] = pair_sum, sums.tiles[warp] = tile_sum;
   __syncthreads();
-  int first = pair_sum - tokens;
-  u64 of_warps = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) first += sums.pairs[w], tile_sum += sums.tiles[w];
-    of_warps += sums.tiles[w];
-  }
+  int warp_pairs = lane < kWarps ? sums.pairs[lane] : 0;
+  u64 warp_tiles = lane < kWarps ? sums.tiles[lane] : 0;
+  sums_up_to(warp_pairs, warp_tiles);
+  const u64 of_warps = __shfl_sync(0xffffffffu, warp_tiles, 31);
+  tile_sum += __shfl_sync(0xffffffffu, warp_tiles, warp) - sums.tiles[warp];
+  pair_sum += __shfl_sync(0xffffffffu, warp_pairs, warp) - sums.pairs[warp];
+  const int first = pair_sum - tokens;
   const int tile = of_class(sums_before(of_warps), kind) + of_class(tile_sum, kind) - tiles;
   if (part == first_part && lists.first != nullptr) {
     int* out = lists.first + static_cast<u64>(list) * (kMaxExperts + 1);

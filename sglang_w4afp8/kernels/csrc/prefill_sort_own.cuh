@@ -40,24 +40,34 @@ struct OwnTables {
   u64 mine[kMaxExperts];    // pairs of this part; later those of the classes before, for up
   u64 before[kMaxExperts];  // of the parts before, in down's list
   u64 all[kMaxExperts];     // of down's list
+  // Of pairs: the expert; then the key, the expert and two low bits: the class; then 2^16 ranks
+  // more. Or kNotOurs.
+  u32 pairs[kPart];
 };
+constexpr u32 kNotOurs = ~0u;
+
+// Loops over a thread's pairs are not unrolled, nor is what is done for both kinds of lists written
+// twice: other layers' weights push this code out of the L2 cache, and fetching it takes longer
+// than running it.
 
 // Whether a token of the block's part names an expert twice; the same for all threads.
 __device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
-                            const int (&expert)[kMine]) {
+                            const u32* experts) {
   bool twice = false;
   const bool in_warp = 32 % p.own.top_k == 0;  // a token's pairs are lanes of one warp
-#pragma unroll
-  for (int i = 0; i < kMine && begin + i * kThreads < end; ++i) {
-    const int pair = begin + i * kThreads + static_cast<int>(threadIdx.x);
-    const bool ours = pair < end && expert[i] >= 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; begin + (i & -kThreads) < end; i += kThreads) {
+    const int pair = begin + i;
+    const u32 expert = experts[i];
+    const bool ours = expert != kNotOurs;
     const int token = pair / p.own.top_k;
     if (in_warp) {
-      const u32 key = ours ? token * kMaxExperts + expert[i] : 1u << 31 | threadIdx.x;
+      const u32 key = ours ? token * kMaxExperts + expert : 1u << 31 | threadIdx.x;
       twice |= (__match_any_sync(0xffffffffu, key) & ((1u << (threadIdx.x & 31)) - 1)) != 0;
     } else if (ours) {
+#pragma unroll 1
       for (int other = token * p.own.top_k; other < pair; ++other) {
-        twice |= expert_of(p, other) == expert[i];
+        twice |= expert_of(p, other) == static_cast<int>(expert);
       }
     }
   }
@@ -69,24 +79,24 @@ __device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, in
 // A word has the counts of two keys.
 __device__ __forceinline__ int half_of(int key) { return (key & 1) * 16; }
 
-// Ranks in the order of pairs: a warp after the other, as this is rare.
-__device__ void rank_in_order(const int (&keys)[kMine], int (&rank)[kMine], u32* counts) {
+// Ranks in the order of pairs: a warp after the other, as this is rare. All threads have read the
+// pairs before.
+__device__ void rank_in_order(u32* pairs, int count, u32* counts) {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp) {
-        const u32 same = __match_any_sync(0xffffffffu, keys[i]);
-        const int key = max(keys[i], 0), before = counts[key / 2] >> half_of(key) & 0xffff;
-        rank[i] = before + __popc(same & ((1u << lane) - 1));
-        __syncwarp();
-        // The word's other half may be another lane's.
-        if (keys[i] >= 0 && same >> lane == 1) {
-          atomicAdd(&counts[key / 2], __popc(same) << half_of(key));
-        }
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    if (first / 32 % kWarps == warp) {
+      const u32 pair = pairs[first + lane], same = __match_any_sync(0xffffffffu, pair);
+      const int key = pair != kNotOurs ? pair : 0, before = counts[key / 2] >> half_of(key) & 0xffff;
+      const int rank = before + __popc(same & ((1u << lane) - 1));
+      __syncwarp();
+      // The word's other half may be another lane's.
+      if (pair != kNotOurs) {
+        pairs[first + lane] = pair | rank << 16;
+        if (same >> lane == 1) atomicAdd(&counts[key / 2], __popc(same) << half_of(key));
       }
-      __syncthreads();
     }
+    __syncthreads();
   }
 }
 
@@ -94,30 +104,25 @@ __device__ void sort_own_part(const PrefillRouteParams& p, int part, OwnTables& 
                               WarpSums& sums, int* up_first, int* down_first) {
   const int tid = threadIdx.x, begin = part * p.part_pairs;
   const int end = min(begin + p.part_pairs, p.pairs);
-  int keys[kMine], rank[kMine];  // a key: the expert, and two low bits: the class
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
+  for (int i = 0; i < kMine; ++i) {  // asked for at once
     const int pair = begin + i * kThreads + tid;
-    keys[i] = pair < end ? expert_of(p, pair) : -1;
+    tables.pairs[i * kThreads + tid] = pair < end ? expert_of(p, pair) : kNotOurs;
   }
   tables.mine[tid] = 0;
-  const bool twice = names_twice(p, part, begin, end, keys);
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int token = (begin + i * kThreads + tid) / p.own.top_k;
-    if (keys[i] >= 0) keys[i] = keys[i] * kClasses + token % kClasses;
-  }
+  const bool twice = names_twice(p, part, begin, end, tables.pairs);
   u32* counts = reinterpret_cast<u32*>(tables.mine);
-  if (twice) {
-    rank_in_order(keys, rank, counts);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kMine; ++i) {
-      const int key = keys[i], half = half_of(key);
-      rank[i] = key >= 0 ? atomicAdd(&counts[key / 2], 1u << half) >> half & 0xffff : 0;
-    }
+#pragma unroll 1
+  for (int i = tid; begin + i < end; i += kThreads) {
+    const u32 expert = tables.pairs[i];
+    if (expert == kNotOurs) continue;
+    const int token = (begin + i) / p.own.top_k, key = expert * kClasses + token % kClasses;
+    const int half = half_of(key);
+    const u32 rank = twice ? 0 : atomicAdd(&counts[key / 2], 1u << half) >> half & 0xffff;
+    tables.pairs[i] = key | rank << 16;
   }
   __syncthreads();
+  if (twice) rank_in_order(tables.pairs, end - begin, counts);
   const u64 mine = tables.mine[tid];
   __stcg(p.own.counts + part * kMaxExperts + tid, mine);
   __stcg(p.counts + part * kMaxExperts + tid, static_cast<u32>(sum_of(mine)));
@@ -126,28 +131,32 @@ __device__ void sort_own_part(const PrefillRouteParams& p, int part, OwnTables& 
   const int first_part = part / p.down.parts * p.down.parts;
   const int last_part = min(first_part + p.down.parts, p.sorters);
   u64 before = 0, all = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = first_part; i < last_part; ++i) {
     const u64 n = __ldcg(p.own.counts + i * kMaxExperts + tid);
     before += i < part ? n : 0;
     all += n;
   }
   tables.before[tid] = before, tables.all[tid] = all;
-  up_first[tid] = place_part(p, p.up, part, sums).mine;
-  down_first[tid] = place_part(p, p.down, part, sums).all;
+#pragma unroll 1
+  for (int down = 0; down < 2; ++down) {
+    const Begin begins = place_part(p, down ? p.down : p.up, part, sums);
+    (down ? down_first : up_first)[tid] = down ? begins.all : begins.mine;
+  }
   __syncthreads();
   const u16* up_ranks = reinterpret_cast<const u16*>(tables.mine);
   const u16* down_ranks = reinterpret_cast<const u16*>(tables.before);
   const u64 up = list_begin(p, p.up, part), down = list_begin(p, p.down, part);
-#pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int pair = begin + i * kThreads + tid, key = keys[i], e = key / kClasses;
-    if (pair >= end) continue;
+#pragma unroll 1
+  for (int i = tid; begin + i < end; i += kThreads) {
+    const int pair = begin + i;
+    const u32 found = tables.pairs[i];
     const float weight = p.own.weights[pair];
-    p.own.sizes[pair] = key >= 0 ? fabsf(weight) : 0.0f;
-    if (key < 0) continue;
-    const int up_row = up_first[e] + up_ranks[key] + rank[i];
-    const int column = column_for(tables.all[e], key % kClasses, down_ranks[key] + rank[i]);
+    p.own.sizes[pair] = found != kNotOurs ? fabsf(weight) : 0.0f;
+    if (found == kNotOurs) continue;
+    const int key = found & 0xffff, rank = found >> 16, e = key / kClasses;
+    const int up_row = up_first[e] + up_ranks[key] + rank;
+    const int column = column_for(tables.all[e], key % kClasses, down_ranks[key] + rank);
     const int at = down_first[e] + column;
     p.up.columns[up + up_row] = pair;
     p.own.columns[down + at] = Column{pair, weight};

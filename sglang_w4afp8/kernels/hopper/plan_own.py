@@ -33,8 +33,8 @@ OWN_CLUSTER_K = 256
 """Shortest K for which they do: a shorter one leaves little to share."""
 OWN_SORTERS = 64
 """CTAs of route that sort, where lists need no more: few pairs each are soon sorted."""
-OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8
-"""Shared memory of those, for experts' pairs by class (prefill_sort_own.cuh)."""
+OWN_SORT_BYTES = 3 * MAX_EXPERTS * 8 + SORT_PAIRS * 4
+"""Shared memory of those, for experts' pairs by class and for their own (prefill_sort_own.cuh)."""
 OWN_WARPGROUPS = 3
 OWN_MOST_SLOTS = 12
 OWN_NOBODY = 4
