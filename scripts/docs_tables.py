@@ -97,12 +97,19 @@ def timed_rows(prefill: bool) -> list[dict[str, Any]]:
 
 def peers_table(prefill: bool = False) -> str:
     """Every kernel's microseconds in one run, and how many times ours that is."""
+    return _by_provider(timed_rows(prefill), _times_ours)
 
-    def cell(row: dict[str, Any]) -> str:
-        ratio = f" ({row['times_ours']:.2f}×)" if "times_ours" in row else ""
-        return f"{row['us']:.1f}{ratio}"
 
-    return _by_provider(timed_rows(prefill), cell)
+def humming_table() -> str:
+    """The same of ``peers-*-prefill.json``, one run a shape, from 256 tokens on."""
+    files = sorted(RESULTS.glob("peers-*-prefill.json"), key=lambda path: len(path.stem))
+    rows = [row for path in files for row in json.loads(path.read_text())["rows"]]
+    return _by_provider([row for row in rows if row.get("us") is not None], _times_ours)
+
+
+def _times_ours(row: dict[str, Any]) -> str:
+    ratio = f" ({row['times_ours']:.2f}×)" if "times_ours" in row else ""
+    return f"{row['us']:.1f}{ratio}"
 
 
 def memory_table() -> str:
@@ -249,6 +256,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "peers": ("kernels.md", peers_table),
     "prefill": ("kernels.md", partial(kernels_table, True)),
     "prefill-peers": ("kernels.md", partial(peers_table, True)),
+    "prefill-humming": ("kernels.md", humming_table),
     "prefill-skew": ("kernels.md", skew_table),
     "prefill-memory": ("kernels.md", memory_table),
     "l2": ("kernels.md", l2_table),
