@@ -40,8 +40,8 @@ OWN_MOST_SLOTS = 12
 OWN_NOBODY = 4
 """Sums beside those of tokens, for columns without a pair."""
 OWN_PART_COST = 0.25
-"""Of a part more, in jobs: describing it, handing its sums over. On an H100 anything from 0.2 to 0.3
-chooses the fastest of what was tried (docs/kernels.md); no file was kept."""
+"""Of a part more, in jobs: describing it, handing its sums over. On an H100 anything from 0.2 to
+0.3 chooses the fastest of what was tried (docs/kernels.md); no file was kept."""
 OWN_TOKEN_SLOTS = ((12, 4), (8, 4), (6, 6), (5, 5), (4, 4), (3, 3))
 """Slots for tokens, and the warps that fill them: a slot has always the same one."""
 
