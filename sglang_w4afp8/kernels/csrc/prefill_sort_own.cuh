@@ -46,9 +46,9 @@ struct OwnTables {
 };
 constexpr u32 kNotOurs = ~0u;
 
-// Loops over a thread's pairs are not unrolled, nor is what is done for both kinds of lists written
-// twice: other layers' weights push this code out of the L2 cache, and fetching it takes longer
-// than running it.
+// Loops over a thread's pairs are not unrolled (but for one that asks for all of them), nor is what
+// is done for both kinds of lists written twice: other layers' weights push this code out of the L2
+// cache, so it is fetched at every call.
 
 // Whether a token of the block's part names an expert twice; the same for all threads.
 __device__ bool names_twice(const PrefillRouteParams& p, int part, int begin, int end,
