@@ -133,8 +133,8 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   const int share = tiles > 0 ? (tokens + tiles - 1) / tiles : 0;
   const int step = share > 96 ? 8 : 16;  // as with_columns (prefill.cuh) has them
   const int size = (share + step - 1) & -step;
-  // Wide tiles first: one begun near the end should not take long. Narrow ones differ little. In the
-  // order of the list tiles are in that of their rows; with clusters wide ones first were slower.
+  // Wide tiles first: one begun near the end should not take long. Narrow ones differ little. In
+  // the order of the list tiles are in that of their rows; with clusters this order was slower.
   const bool ordered = p.sorted.place == nullptr && lists.together == 1;
   const int kind = ordered ? (size <= 96) + (size <= 64) : 0;
   int pair_sum = tokens;

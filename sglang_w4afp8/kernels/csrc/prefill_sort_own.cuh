@@ -87,7 +87,8 @@ __device__ void rank_in_order(u32* pairs, int count, u32* counts) {
   for (int first = 0; first < count; first += 32) {
     if (first / 32 % kWarps == warp) {
       const u32 pair = pairs[first + lane], same = __match_any_sync(0xffffffffu, pair);
-      const int key = pair != kNotOurs ? pair : 0, before = counts[key / 2] >> half_of(key) & 0xffff;
+      const int key = pair != kNotOurs ? pair : 0;
+      const int before = counts[key / 2] >> half_of(key) & 0xffff;
       const int rank = before + __popc(same & ((1u << lane) - 1));
       __syncwarp();
       // The word's other half may be another lane's.
