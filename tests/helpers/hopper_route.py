@@ -18,7 +18,8 @@ from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
 SOURCE, OWN = "prefill_sort.cuh", "prefill_sort_own.cuh"
 ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
-CUT = "least tiles share step size"
+CUT = "least tiles share step all_steps steps wider size"
+"""What ``place_part`` calls the parts of an expert's cut."""
 
 
 def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
@@ -27,7 +28,12 @@ def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> l
     cut = c_locals(SOURCE, "Tiles of equal size", CUT, scope)
     text = c_find(SOURCE, ("Tiles of equal size",), "out[i]")
     text = text.replace("Tile{", "(").replace("}", ")")
-    return [c_value(text, cut | {"i": i})[:3] for i in range(cut["tiles"])]
+    tiles, at = [], 0
+    for i in range(cut["tiles"]):
+        here = c_locals(SOURCE, "Tiles of equal size", "here", cut | {"i": i, "at": at, "min": min})
+        tiles.append(c_value(text, here)[:3])
+        at += c_value(c_find(SOURCE, ("Tiles of equal size",), "at +="), here)
+    return tiles
 
 
 def names_twice(ids: list[int], local: list[int], begin: int, top_k: int) -> bool:

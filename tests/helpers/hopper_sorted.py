@@ -13,6 +13,7 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+from hopper_route import cut_tiles
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.plan_prefill import SORTED_TOKENS, SORTED_WARPGROUPS
@@ -48,14 +49,8 @@ def list_tiles(counts: list[int]) -> list[Tile]:
     first = 0
     for expert, tokens in enumerate(counts):
         lists = SimpleNamespace(together=1, tile_tokens=SORTED_TOKENS)
-        scope = {**ROUTED, "tokens": tokens, "lists": lists}
-        cut = c_locals(SORT, "Tiles of equal size", "least tiles share step size", scope)
-        text = c_find(SORT, ("Tiles of equal size",), "out[i]")
-        text = text.replace("Tile{", "(").replace("}", ")")
-        for i in range(cut["tiles"]):
-            scope = cut | {"first": first, "tid": expert, "i": i, "max": max}
-            found = c_value(text, scope)
-            tiles.append(Tile(len(tiles), *found[:3]))
+        for cut in cut_tiles(expert, first, tokens, lists):
+            tiles.append(Tile(len(tiles), *cut))
         first += tokens
     return tiles
 

@@ -203,7 +203,6 @@ class Call:
 
     def clerk(self, cta: SimpleNamespace) -> Warp:
         me = SimpleNamespace(cta=cta, free_below=0, posted=0, items=1 << 30)
-        me.next, self.claimed = self.claimed, self.claimed + 1
         for _ in range(self.ahead):
             yield from self.post(me)
         n = 0
@@ -221,10 +220,9 @@ class Call:
     def post(self, me: SimpleNamespace) -> Warp:
         if me.posted > me.items:
             return
-        item = self.described(me.next)
-        me.next, self.claimed = self.claimed, self.claimed + 1
         at, phase = me.posted % self.queue, me.posted // self.queue & 1
         yield me.cta.queue_empty[at].passed(phase ^ 1)
+        item, self.claimed = self.described(self.claimed), self.claimed + 1
         me.cta.items[at] = me.posted, item
         yield now
         me.cta.queue_full[at].arrive()

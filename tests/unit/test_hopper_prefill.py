@@ -50,8 +50,11 @@ def test_tiles_of_an_expert_are_shared_out(together: int, most: int) -> None:
         full = [count for count in counts if count]
         assert len(counts) - len(full) < together and counts[: len(full)] == full
         step = 16 if max(counts) <= 96 else 8
-        assert len({*full[:-1]}) <= 1 and all(count % step == 0 for count in full[:-1])
+        assert full == sorted(full, reverse=True) and full[0] - full[-1] < 2 * step
+        assert all(count % step == 0 for count in full[:-1])
         assert max(counts) - tokens / len(tiles) < step, "wider than an equal share needs"
+        columns = sum(-(-count // step) * step for count in counts)
+        assert columns - tokens < step, "columns without a token in more than one tile"
         at = 100
         for expert, first, count in tiles:
             assert expert == 7 and (first == at or count == 0)

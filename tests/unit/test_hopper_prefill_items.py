@@ -8,12 +8,12 @@ statements around them follow ``prefill_ring.cuh``, ``prefill_up.cu``, ``prefill
 from __future__ import annotations
 
 import re
-from itertools import pairwise, product
+from itertools import pairwise, product, takewhile
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from kernel_source import c_constants, c_find, c_locals, c_value
+from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.build import CSRC
 
@@ -281,13 +281,20 @@ def dealt(items: int, grid: int, block: int) -> list[int]:
     """``claim`` of a CTA of a cluster of two: the numbers of its items."""
     scope = {"kCluster": 2, "blockIdx": SimpleNamespace(x=block)}
     scope["gridDim"] = SimpleNamespace(x=grid)
-    after = c_find(RING, ("void claim",), "return")
-    number = c_value(c_find(RING, ("void claim",), "u32 next"), scope)
-    found = []
-    while number < items:
-        found.append(number)
-        number = c_value(after, scope | {"before": number})
-    return found
+    text = c_find(RING, ("void claim",), "u32 number")
+    numbers = (c_value(text, scope | {"i": i}) for i in range(items + 1))
+    return list(takewhile(lambda number: number < items, numbers))
+
+
+def test_an_item_is_claimed_when_it_has_a_slot() -> None:
+    """``claim``: earlier, the items of CTAs that run beside each other would lie apart."""
+    text = " ".join(c_text(RING).split())
+    text = text[text.index("void claim(") : text.index("struct Reader")]
+    slot = text.index("barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);")
+    claimed = text.index("number = kCluster == 1 ? atomicAdd(counter, 1u)")
+    assert slot < claimed < text.index("queue.item[i % kQueue] = item; barrier_arrive(bar);")
+    # The one that is worked on, and the next. Gate and up and down have the same ring.
+    assert down_constants()["kQueue"] == 2
 
 
 @pytest.mark.parametrize(("rows", "grid"), [(512, 4), (256, 132), (1024, 6)])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_route import CUT
 from hopper_stages import stage_copies
 from kernel_source import c_constants, c_find, c_locals, c_text, c_value, decode_words
 
@@ -297,14 +298,12 @@ def test_a_tile_is_multiplied_with_the_fewest_columns() -> None:
         for eights in (2 * int(sixteens or 6) - 1, 2 * int(sixteens or 6)):
             found.setdefault(eights, int(columns))
     assert {*found} == {*range(1, SORTED_TOKENS // 8 + 1)}
-    scope = {"tiles": 1}
+    scope = {"lists": SimpleNamespace(together=1, tile_tokens=SORTED_TOKENS)}
     for count in range(1, SORTED_TOKENS + 1):
         eights = c_value(
             c_find(COMMON, ("void with_columns(",), "eights"), {"count": count, "uniform": int}
         )
-        size = c_locals("prefill_sort.cuh", "least", "share step size", scope | {"tokens": count})[
-            "size"
-        ]
+        size = c_locals("prefill_sort.cuh", "least", CUT, scope | {"tokens": count})["size"]
         assert found[eights] == size and count <= size < count + (8 if count > 96 else 16)
     assert {*found.values()} <= {*matrix_widths()}
 

@@ -151,11 +151,11 @@ def test_the_simulation_follows_the_kernel() -> None:
     )  # fmt: skip
     in_order("void wait_tiles(", "ld.acquire.gpu", "while (!__all_sync(", "__syncwarp()")
     in_order(
-        "struct Clerk > void run()", "u32 next = lane() == 0 ? atomicAdd(", "auto post",
-        "posted > items) return", "number = next", "next = atomicAdd(", "order.item(number)",
+        "struct Clerk > void run()", "auto post", "posted > items) return",
         "bar = ring.queue_bars + posted % kQueue * 16",
         "barrier_wait(bar + 8, (posted / kQueue & 1) ^ 1)",
-        "queue.item[posted % kQueue] = claimed", "barrier_arrive(bar)",
+        "queue.item[posted % kQueue] = order.item(atomicAdd(p.claimed, 1u));",
+        "barrier_arrive(bar)",
         "kind == kEnd) items = posted", "++posted", "i < kAhead; ++i) post();",
         "n < items; ++n) {", "post();", "fetch(n);", "scale(n);", "publish(n);",
     )  # fmt: skip

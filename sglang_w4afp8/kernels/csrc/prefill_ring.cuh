@@ -53,7 +53,10 @@ constexpr int kStageBytes =
 constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
 constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 128;
-constexpr int kQueue = 4;  // slots for items that are claimed
+// Slots for items that are claimed: the one that is worked on, and the next. With more, items that
+// read the same weights or tokens would begin at times that lie further apart, and the last ones
+// would belong to CTAs that are late.
+constexpr int kQueue = 2;
 constexpr int kTokenArrivals = 64;  // of a half: the lanes of two warps
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || !kSorted), "");
@@ -114,21 +117,17 @@ struct CountingPlace : Place {
 };
 
 // ---- claiming -----------------------------------------------------------------------------------
-// One lane. `describe(number)` gives item `number`, kEnd past the last one. The claim of the item
-// after next is on its way while an item is described. The CTAs of a cluster get the same numbers.
+// One lane. `describe(number)` gives item `number`, kEnd past the last one. An item is claimed no
+// sooner than it has a slot. The CTAs of a cluster get the same numbers.
 template <class Describe>
 __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* counter,
                                       Describe describe) {
-  auto claimed = [&](u32 before) {
-    return kCluster == 1 ? atomicAdd(counter, 1u) : before + gridDim.x / kCluster;
-  };
-  u32 next = kCluster == 1 ? claimed(0) : blockIdx.x / kCluster;
   for (int i = 0;; ++i) {
-    const u32 number = next;
-    next = claimed(next);
-    const Item item = describe(number);
     const u32 bar = ring.queue_bars + i % kQueue * 16;
     barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
+    const u32 number =
+        kCluster == 1 ? atomicAdd(counter, 1u) : (blockIdx.x + i * gridDim.x) / kCluster;
+    const Item item = describe(number);
     queue.item[i % kQueue] = item;
     barrier_arrive(bar);
     if (item.kind == kEnd) return;

@@ -127,12 +127,15 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
     before += i < part ? n : 0;
     tokens += n;
   }
-  // Tiles of equal size, in steps of columns; the last may be left without tokens.
+  // Tiles of equal size but for a step of columns, so that no more than the last has columns
+  // without a token, or none with one.
   const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
   const int share = tiles > 0 ? (tokens + tiles - 1) / tiles : 0;
   const int step = share > 96 ? 8 : 16;  // as with_columns (prefill.cuh) has them
-  const int size = (share + step - 1) & -step;
+  const int all_steps = (tokens + step - 1) / step;
+  const int steps = tiles > 0 ? all_steps / tiles : 0, wider = all_steps - steps * tiles;
+  const int size = (steps + (wider > 0)) * step;
   // Wide tiles first: one begun near the end should not take long. Narrow ones differ little. In
   // the order of the list tiles are in that of their rows; with clusters this order was slower.
   const bool ordered = p.sorted.place == nullptr && lists.together == 1;
@@ -158,8 +161,10 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
   } else if (part == first_part) {
     if (tid == kThreads - 1) lists.header[list] = sum_of(of_warps);
     Tile* out = lists.tiles + static_cast<u64>(list) * lists.max_tiles + tile;
-    for (int i = 0; i < tiles; ++i) {
-      out[i] = Tile{tid, first + i * size, max(0, min(size, tokens - i * size)), 0};
+    for (int i = 0, at = 0; i < tiles; ++i) {
+      const int here = min((steps + (i < wider)) * step, tokens - at);
+      out[i] = Tile{tid, first + at, here, 0};
+      at += here;
     }
   }
   if (part == first_part && p.sorted.place != nullptr && tid == kThreads - 1) {

@@ -148,20 +148,13 @@ struct Clerk {
 
   __device__ __forceinline__ void run() {
     const Order order{p, slices};
-    u32 next = lane() == 0 ? atomicAdd(p.claimed, 1u) : 0;
     int posted = 0, items = 0x7fffffff;  // as long as the last one is not known
     auto post = [&] {
       if (posted > items) return;
-      Item claimed{};
-      if (lane() == 0) {
-        const u32 number = next;
-        next = atomicAdd(p.claimed, 1u);
-        claimed = order.item(number);
-      }
       const u32 bar = ring.queue_bars + posted % kQueue * 16;
       barrier_wait(bar + 8, (posted / kQueue & 1) ^ 1);
       if (lane() == 0) {
-        queue.item[posted % kQueue] = claimed;
+        queue.item[posted % kQueue] = order.item(atomicAdd(p.claimed, 1u));
         barrier_arrive(bar);
       }
       __syncwarp();

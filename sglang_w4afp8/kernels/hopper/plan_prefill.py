@@ -39,7 +39,7 @@ ROUTE_THREADS = 512
 ROUTE_ROWS = 4
 """Rows of x that a CTA of route quantises at a time. Where tokens are in the order of the list,
 there are no more CTAs than fit, which go on until all is done."""
-QUEUE = 4
+QUEUE = 2
 """Slots for the items that a CTA has claimed."""
 STAGE_BARRIER_BYTES = 32
 SORTED_WARPGROUPS = 2
