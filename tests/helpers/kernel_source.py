@@ -96,6 +96,7 @@ def _compiled(text: str) -> CodeType:
     text = re.sub(r"\bfrom\b", "from_", text)  # a word of Python's
     text = re.sub(r"\b(\w+)::", r"\1.", text)
     text = text.replace("&&", " and ").replace("||", " or ")
+    text = re.sub(r"!(\w+)", r"(not \1)", text)
     return compile(_python(f"({text})").replace("/", "//"), text, "eval")
 
 

@@ -123,15 +123,8 @@ def fragment(c: dict[str, Any], scope: dict[str, Any], tile: int, half: int) -> 
     text = c_find(COMMON, ("static Mine here()",), "return").replace("Mine{", "(")
     w, s, lane = c_value(text.replace("}", ")"), at)
     assert (lane == thread % 32).all()
-    within, names = "void multiply(", ("codes_at", "scales_at")
-    here, before = (
-        c_locals(COMMON, within, " ".join(names), scope | {"half": i}) for i in (half, 0)
-    )
-    if half > 0:  # the way there
-        for name in names:
-            more = c_value(c_find(COMMON, (within,), f"{name} +="), here)
-            assert here[name] == before[name] + half * more
-    w, s = here["codes_at"] + w, here["scales_at"] + s
+    here = scope | {"next_half": half, "mine": SimpleNamespace(codes=w, scales=s)}
+    w, s = (c_value(c_find(COMMON, ("void multiply(",), name), here) for name in ("w", "s"))
     found = scope | {"w": w, "s": s, "tile": tile, "group": 0}
     more = c_value(c_find(COMMON, ("void load_codes",), "w +="), found)
     return found | {"w": w + more}

@@ -112,7 +112,7 @@ template <int kN, class Way>
 __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
                                          const Ring& ring, Way& from, bool gathered) {
   constexpr bool kKeep = kN < 184;  // wider tiles have no registers for it
-  constexpr int kParts = kPerWg * kGroups;  // of a half
+  constexpr int kParts = kPerWg * kGroups;  // of a half; a stage's have no loop
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));
   auto wait = [&](int half) {
@@ -135,42 +135,40 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
   Codes codes;
   load_codes(codes, stage + first.codes, stage + first.scales, 0, 0);
 #pragma unroll 1
-  for (int left = stages * kHalves; left > 0; --left) {
-    const int half = kHalves - 1 - (left - 1) % kHalves;
-    u32 codes_at = stage + half * (kK * 32), scales_at = stage + half * (kGroups * 128);
-    const u64 b = panel_descriptor(stage + half * kTokenBytes);
+  for (int left = stages; left > 0; --left) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kHalves * kParts; ++part) {
+      const int half = part / kParts, group = part % kParts / kPerWg;
       Fragment f;
       decode(f, codes);
 #pragma unroll
       for (int j = 0; j < kSteps * 4; ++j) f.a[j] = kept(f.a[j]);
       float products[kN / 2];
-      issue<kN>(products, f, b, part / kPerWg);
-      const bool last = part + 1 == kParts, last_half = half + 1 == kHalves;
+      const u64 b = panel_descriptor(stage + half * kTokenBytes);
+      issue<kN>(products, f, b, group);
+      const bool last = part + 1 == kHalves * kParts;
       const u32 empty = ring.empty(place.slot);
       if (last) {
-        if (last_half) {
-          place.advance(ring.size);
-          codes_at = scales_at = stage = ring.stage(place.slot);
-        } else {
-          codes_at += kK * 32, scales_at += kGroups * 128;
-        }
-        if (left > 1) wait(last_half ? 0 : 1);
+        place.advance(ring.size);
+        stage = ring.stage(place.slot);
+        if (left > 1) wait(0);
+      } else if ((part + 1) % kParts == 0) {
+        wait(half + 1);
       }
       mma_wait<0>();
       pin(products);
       const Mine mine = kKeep ? first : Mine::here();
-      if (last && last_half) release_stage(empty, mine.lane);
+      if (last) release_stage(empty, mine.lane);
       // Half of the products are added before codes come, and take their registers.
       constexpr int kFirst = kN / 4 / 4 * 4;
       float (&sums)[kN / 2] = acc[part % kPerWg];
       add<0, kFirst>(sums, products, f.scales);
-      u32 w = codes_at + mine.codes, s = scales_at + mine.scales;
+      const int next = last ? 0 : part + 1, next_half = next / kParts;
+      u32 w = stage + next_half * (kK * 32) + mine.codes;
+      u32 s = stage + next_half * (kGroups * 128) + mine.scales;
       if (!kKeep) w = kept(w), s = kept(s);
       if (!last || left > 1) {
-        const int next = last ? 0 : part + 1;
-        load_codes(codes, w, s, next % kPerWg, next / kPerWg);
+        load_codes(codes, w, s, next % kPerWg, next % kParts / kPerWg);
       } else {
         forget(codes);  // or the last ones would keep their registers
       }
