@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sglang_w4afp8.errors import ConfigError
-from sglang_w4afp8.tools.bench_environment import environment, gpu_word
+from sglang_w4afp8.tools.bench_environment import command, environment, gpu_word
 from sglang_w4afp8.tools.bench_moe import (
     ROUTINGS,
     SHAPES,
@@ -110,7 +110,7 @@ def _moe(options: argparse.Namespace) -> int:
     ceilings = Ceilings(1.0, 1.0, 1.0) if options.check_only else measure_ceilings()
     report: dict[str, Any] = {
         **environment(options.commit),
-        "command": _command(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
         "ceilings": None if options.check_only else asdict(ceilings),
         "scheme": options.scheme,
         "codes": options.codes,
@@ -122,12 +122,6 @@ def _moe(options: argparse.Namespace) -> int:
     for shape in options.shape:
         _bench_shape(shape, options, Measurement(options, ceilings), report)
     return 1 if any(row.get("wrong") for row in report["rows"]) else 0
-
-
-def _command(words: Sequence[str]) -> str:
-    """As it would be typed, without the folders of this machine."""
-    own = words[1:] if words[:1] == ["bench"] else words
-    return "sglang-w4afp8 bench " + " ".join(Path(word).name for word in own)
 
 
 def _stem(device: str, shape: str, tokens: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def environment(commit: str | None) -> dict[str, Any]:
         "sglang_w4afp8": __version__,
         "commit": commit or _commit(),
     }
+
+
+def command(words: Sequence[str]) -> str:
+    """As it would be typed, without the folders of this machine; ``words`` behind the program's."""
+    own = words[1:] if words[:1] == ["bench"] else words
+    return "sglang-w4afp8 bench " + " ".join(Path(word).name for word in own)
 
 
 def _commit() -> str:

@@ -7,6 +7,7 @@ user's table (:mod:`sglang_w4afp8.kernels.hopper.tables`), which servers read wh
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from sglang_w4afp8.sharding import AxisShard
 from sglang_w4afp8.spec import ActivationScheme
 from sglang_w4afp8.tools.bench_check import expected
 from sglang_w4afp8.tools.bench_choose import ROUNDS, Times, first_numbers, search
-from sglang_w4afp8.tools.bench_environment import environment
+from sglang_w4afp8.tools.bench_environment import command, environment
 from sglang_w4afp8.tools.bench_moe import (
     SHAPES,
     Call,
@@ -252,6 +253,7 @@ def _tune(shape: Shape, scheme: ActivationScheme, options: argparse.Namespace) -
             print(f"what stood there was no table of this card and version: now {moved}")
     return {
         **environment(options.commit),
+        "command": command(sys.argv[1:]),
         "shape": shape.name,
         "sizes": tables.sizes(bench.layer),
         "variant": tables.variant(bench.layer),

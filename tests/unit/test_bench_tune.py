@@ -173,6 +173,7 @@ def test_a_run_leaves_a_table_that_is_found(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["bench", "tune", "--shape", "r1-tp16", "--codes", "16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)[0]
     assert (told["device"], told["commit"]) == (CARD, "c")
+    assert told["command"].startswith("sglang-w4afp8 bench ")
     assert told["limits"] == found.limits._asdict() and told["us"]["small"]["1"] > 0
     assert tables.find(TP8, CARD) == found
     tp16 = replace(TP8, inner=128, minus_eight=True)
