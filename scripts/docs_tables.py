@@ -16,7 +16,9 @@ from typing import Any
 
 from sglang_w4afp8 import env
 from sglang_w4afp8.hooks import HOOKS
+from sglang_w4afp8.kernels.hopper.plan import PATHS, Limits
 from sglang_w4afp8.kernels.support import support_table
+from sglang_w4afp8.tools.bench_choose import path_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
@@ -105,6 +107,23 @@ def humming_table() -> str:
     files = sorted(RESULTS.glob("peers-*-prefill.json"), key=lambda path: len(path.stem))
     rows = [row for path in files for row in json.loads(path.read_text())["rows"]]
     return _by_provider([row for row in rows if row.get("us") is not None], _times_ours)
+
+
+def tune_table() -> str:
+    """``benchmarks/results/tune-h100.json``: microseconds of every path, the table's one bold."""
+    lines = ["| Shape | M | small | medium | large | prefill |", "|---|--:|--:|--:|--:|--:|"]
+    for result in json.loads((RESULTS / "tune-h100.json").read_text()):
+        limits = Limits(**result["limits"])
+        for m in (4, 16, 64, 128, 256, 512, 1024):
+            timed = {path: us[str(m)] for path, us in result["us"].items() if str(m) in us}
+            taken = path_of(limits, m)
+            cells = [
+                "—" if path not in timed
+                else f"**{timed[path]:.1f}**" if path == taken else f"{timed[path]:.1f}"
+                for path in PATHS
+            ]  # fmt: skip
+            lines.append(f"| {result['shape']} | {m} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _times_ours(row: dict[str, Any]) -> str:
@@ -254,6 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "served": ("../README.md", served_table),
     "kernels": ("kernels.md", kernels_table),
     "peers": ("kernels.md", peers_table),
+    "tune": ("kernels.md", tune_table),
     "prefill": ("kernels.md", partial(kernels_table, True)),
     "prefill-peers": ("kernels.md", partial(peers_table, True)),
     "prefill-humming": ("kernels.md", humming_table),
