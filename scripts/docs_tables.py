@@ -111,17 +111,19 @@ def humming_table() -> str:
 
 def tune_table() -> str:
     """``benchmarks/results/tune-h100.json``: microseconds of every path, the table's one bold."""
-    lines = ["| Shape | M | small | medium | large | prefill |", "|---|--:|--:|--:|--:|--:|"]
-    for result in json.loads((RESULTS / "tune-h100.json").read_text()):
+    path = RESULTS / "tune-h100.json"
+    if not path.exists():
+        return NOT_MEASURED
+    lines = ["| Shape | M | " + " | ".join(PATHS) + " |", "|---|--:|" + "--:|" * len(PATHS)]
+    for result in json.loads(path.read_text()):
         limits = Limits(**result["limits"])
         for m in (4, 16, 64, 128, 256, 512, 1024):
-            timed = {path: us[str(m)] for path, us in result["us"].items() if str(m) in us}
-            taken = path_of(limits, m)
-            cells = [
-                "—" if path not in timed
-                else f"**{timed[path]:.1f}**" if path == taken else f"{timed[path]:.1f}"
-                for path in PATHS
-            ]  # fmt: skip
+            timed = {name: us[str(m)] for name, us in result["us"].items() if str(m) in us}
+            if not timed:
+                continue
+            cells = [f"{timed[name]:.1f}" if name in timed else "—" for name in PATHS]
+            taken = PATHS.index(path_of(limits, m))
+            cells[taken] = f"**{cells[taken]}**"
             lines.append(f"| {result['shape']} | {m} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

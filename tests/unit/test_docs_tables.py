@@ -91,3 +91,20 @@ def test_prefill_results_have_their_own_tables(
     assert "| r1-tp8 | uniform | 4096 | 2048 | 2048 |" in tables["prefill-memory"]
     assert "256" not in tables["prefill-memory"]
     assert "| r1-tp8 | zipf | 4096 | 1.10× |" in tables["prefill-skew"]
+
+
+def test_the_path_that_limits_give_is_bold(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    assert script.tune_table() == "Not measured yet."
+    us: dict[str, dict[str, float]] = {"small": {"4": 39.0}, "medium": {}}
+    us |= {"large": {"4": 44.0, "256": 302.3, "300": 1.0}, "prefill": {"4": 69.7, "256": 283.3}}
+    limits = {"small": 5, "medium": 0, "large": 200}
+    result = {"shape": "r1-tp8", "limits": limits, "us": us}
+    (tmp_path / "tune-h100.json").write_text(json.dumps([result]))
+    found = script.tune_table().splitlines()
+    assert found[0] == "| Shape | M | small | medium | large | prefill |"
+    assert "| r1-tp8 | 4 | **39.0** | — | 44.0 | 69.7 |" in found
+    assert "| r1-tp8 | 256 | — | — | 302.3 | **283.3** |" in found
+    assert len(found) == 4
