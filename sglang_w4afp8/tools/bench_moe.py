@@ -88,7 +88,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         *(_r1(f"r1-tp{tp}", tp) for tp in (4, 8, 16, 32)),
-        *(_r1(f"r1-ep{ep}", 1, ep) for ep in (8, 16)),
+        *(_r1(f"r1-ep{ep}", 1, ep) for ep in (8, 16, 32)),
         Shape("kimi-k2-tp16", 384, 384, 7168, 128, 2048, 8),
         Shape("qwen3-235b-tp8", 128, 128, 4096, 192, 1536, 8),
         Shape("glm-tp8", 160, 160, 5120, 192, 1536, 8),

@@ -207,7 +207,8 @@ CASES = [
 SIZES = [("small", 1), ("small", 3), ("small", 8), ("small", 13), ("large", 1), ("large", 7)]
 SIZES += [("large", 33), ("large", 75), ("large", 150), ("large", 500)]
 ONE_HOT = [("small", 8), ("medium", 64), ("large", 8), ("large", 64), ("prefill", 64)]
-GRAPHS = [("small", 5), ("medium", 40), ("large", 40), ("prefill", 700)]
+GRAPHS = [("small", 5, 256), ("medium", 40, 256), ("large", 40, 256)]  # path, tokens, inner
+GRAPHS += [("prefill", tokens, inner) for tokens in (90, 700) for inner in (256, 512)]
 SIZES += [("medium", 1), ("medium", 19), ("medium", 64), ("medium", 170), ("medium", 256)]
 SIZES += [("prefill", 1), ("prefill", 37), ("prefill", 300), ("prefill", 500)]
 SIZES += [("prefill", 1111)]
@@ -313,9 +314,9 @@ def test_one_hot_gives_w13_codes_bit_for_bit(path: str, tokens: int) -> None:
         assert torch.equal(out.float(), wanted)
 
 
-@pytest.mark.parametrize(("path", "tokens"), GRAPHS)
-def test_graph_replay_with_other_routing(path: str, tokens: int) -> None:
-    case = Case()
+@pytest.mark.parametrize(("path", "tokens", "inner"), GRAPHS)
+def test_graph_replay_with_other_routing(path: str, tokens: int, inner: int) -> None:
+    case = Case(inner=inner)
     weights = random_weights(case)
     shuffled = stage_order(case, weights)
     x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()

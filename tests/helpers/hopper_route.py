@@ -6,11 +6,12 @@ Constants and most index expressions are the kernel's own; the statements around
 from __future__ import annotations
 
 import random
+import re
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from kernel_source import c_constants, c_find, c_locals, c_value
+from kernel_source import c_constants, c_find, c_locals, c_text, c_value
 
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import PrefillPlan
@@ -20,10 +21,16 @@ ROUTE = c_constants("prefill_route.cu", {})
 Tile = tuple[int, int, int]
 CUT = "least tiles share step all_steps steps wider size"
 """What ``place_part`` calls the parts of an expert's cut."""
+TILES = (
+    r"for \(int i = 0, at = 0; i < tiles; \+\+i\) \{\s*const int here = [^;]*;"
+    r"\s*out\[i\] = Tile\{[^;]*;\s*at \+= here;\s*\}"
+)
+"""The loop that :func:`cut_tiles` plays."""
 
 
 def cut_tiles(expert: int, first: int, tokens: int, lists: SimpleNamespace) -> list[Tile]:
     """The tiles of one expert's pairs, which begin at ``first``."""
+    assert re.search(TILES, c_text(SOURCE)), "place_part has another loop"
     scope = {**ROUTE, "tokens": tokens, "lists": lists, "tid": expert, "first": first}
     cut = c_locals(SOURCE, "Tiles of equal size", CUT, scope)
     text = c_find(SOURCE, ("Tiles of equal size",), "out[i]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,9 @@ def _card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_card")
-def test_a_run_leaves_a_table_that_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_a_table_that_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert tables.find(TP8, CARD).source == "built-in defaults"
     words = ["bench", "tune", "--model", "DeepSeek-R1", "--tp", "8", "--most-tokens", "4096"]
     assert cli.main(words) == 0
@@ -170,10 +173,12 @@ def test_a_run_leaves_a_table_that_is_found(capsys: pytest.CaptureFixture[str]) 
     assert path_of(found.limits, 4096) == "prefill" and tables.words(found.limits) in out
     assert "*" in out and "prefill" in out
     # Another shape is added, in another variant, in JSON.
-    assert cli.main(["bench", "tune", "--shape", "r1-tp16", "--codes", "16", "--json"]) == 0
+    words = ["bench", "tune", "--shape", "r1-tp16", "--codes", "16", "--json"]
+    monkeypatch.setattr(sys, "argv", ["/bin/sglang-w4afp8", *words])
+    assert cli.main(words) == 0
     told = json.loads(capsys.readouterr().out)[0]
     assert (told["device"], told["commit"]) == (CARD, "c")
-    assert told["command"].startswith("sglang-w4afp8 bench ")
+    assert told["command"] == "sglang-w4afp8 bench tune --shape r1-tp16 --codes 16 --json"
     assert told["limits"] == found.limits._asdict() and told["us"]["small"]["1"] > 0
     assert tables.find(TP8, CARD) == found
     tp16 = replace(TP8, inner=128, minus_eight=True)

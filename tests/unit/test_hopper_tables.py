@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,22 @@ def test_committed_tables_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
         assert path == tables.committed_path(device)
         tables.read(path, device)
     assert str(folder) in tables.find(TP8, CARD).source
+
+
+def test_kernels_of_committed_limits_are_built_ahead() -> None:
+    """A graph is captured with what was loaded: whatever path a table gives a number of tokens."""
+    seen = set()
+    for path in sorted((Path(tables.__file__).parent / "tuning").glob("*.json")):
+        for text, variants in json.loads(path.read_text())["layers"].items():
+            sizes = [int(number) for number in re.findall(r"\d+", text)]
+            for entry, dynamic in product(variants.values(), (False, True)):
+                layer = Layer(*sizes, False, dynamic)
+                assert tables.sizes(layer) == text
+                layer = replace(layer, limits=tables.limits_of(entry["limits"], layer))
+                ahead = set(plan.kernels(layer, 132))
+                for tokens in (*range(1, 1300, 3), *range(1300, 20_000, 501)):
+                    many = plan.takes_prefill(layer, tokens)
+                    launches = (plan_prefill if many else plan.plan)(layer, tokens, 132).launches
+                    assert {launch.kernel for launch in launches} <= ahead, tokens
+                    seen.add(many)
+    assert seen == {False, True}

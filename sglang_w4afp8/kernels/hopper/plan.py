@@ -263,8 +263,8 @@ def default_limits(layer: Layer) -> Limits:
     """For a card or shape without a table; from measurements on an H100.
 
     ``small`` has eight columns in its matrix instructions. ``medium`` loses with less than 8 KB of
-    w2 per row tile, where fewer and larger copies win. ``prefill`` wins from 1024 tokens on, the
-    first number that was tried, with 32 tokens an expert.
+    w2 per row tile, where fewer and larger copies win. ``prefill`` is taken from 1024 tokens on, if
+    experts have 32 each: where it was measured it wins from 3 to 30 an expert on.
     """
     medium = {1: MAX_MEDIUM_TOKENS, 2: 128}.get(layer.down.tiles, 0)
     return Limits(SMALL_TOKENS, medium, max(1024, 32 * layer.experts // layer.top_k) - 1)

@@ -1,4 +1,4 @@
-"""The launches of the ``prefill`` path: hundreds of tokens and more. Integers only, no GPU.
+"""The launches of the ``prefill`` path, for many tokens. Integers only, no GPU.
 
 ``route`` sorts the (token, k) pairs by expert and quantises x, or the first rows of it; ``up`` and
 ``down`` are persistent kernels, one CTA per SM. With a K of ``down`` up to 256 its CTAs own
