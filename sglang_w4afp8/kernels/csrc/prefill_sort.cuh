@@ -127,8 +127,8 @@ __device__ Begin place_part(const PrefillRouteParams& p, const Lists& lists, int
     before += i < part ? n : 0;
     tokens += n;
   }
-  // Tiles of equal size but for a step of columns, so that no more than the last has columns
-  // without a token, or none with one.
+  // Tiles of equal size but for a step of columns: only the last may have columns without a token,
+  // or, with clusters, no token at all. `size`: of the widest.
   const int least = (tokens + lists.tile_tokens - 1) / lists.tile_tokens;
   const int tiles = (least + lists.together - 1) & -lists.together;
   const int share = tiles > 0 ? (tokens + tiles - 1) / tiles : 0;
