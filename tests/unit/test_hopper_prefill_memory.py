@@ -325,7 +325,7 @@ def test_q_is_read_in_the_order_of_the_list(k: int, group: int) -> None:
         q, p = {}, SimpleNamespace(q=0, q_rows=b_rows, rows=None)
         for column, feature in product(range(count), range(0, k, 16)):
             scope = up | {"p": p, "c": column, "row": first + before + column, "kSorted": 1}
-            scope["row"] = c_value(c_find(UP, ("auto row_of",), "return"), scope)
+            scope["row"] = c_value(c_find(UP, ("int row_of(",), "return"), scope)
             scope = c_locals(UP, "u8* q_piece", "number key at", scope | {"column": feature})
             address = c_value(c_find(UP, ("u8* q_piece", "u64 at"), "return"), scope)
             assert address not in q and 0 <= address <= b_rows * k - 16

@@ -97,8 +97,8 @@ def written_q(counts: list[int], inner: int, panel: int, q_rows: int) -> np.ndar
     for tile in list_tiles(counts):
         places = np.arange(tile.count)[:, None]
         scope: dict[str, Any] = {**c, "first_column": tile.first, "c": places}
-        scope = c_locals(UP, "auto row_of", "row", scope)
-        row = c_value(c_find(UP, ("auto row_of",), "return"), scope)
+        scope = c_locals(UP, "int row_of(", "row", scope)
+        row = c_value(c_find(UP, ("int row_of(",), "return"), scope)
         scope = {**c, "p": p, "row": row, "column": columns, "kColumns": panel}
         scope = c_locals(UP, "u8* q_piece", "number key at", scope)
         address = c_value(c_find(UP, ("u8* q_piece", "u64 at"), "return"), scope)

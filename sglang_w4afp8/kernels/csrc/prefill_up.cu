@@ -2,8 +2,9 @@
 //
 // See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see
 // q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a tile
-// quantises its rows (W4_DYNAMIC=1).
+// quantises its rows (W4_DYNAMIC=1, prefill_inner.cuh).
 #include "prefill.cuh"
+#include "prefill_inner.cuh"
 #include "prefill_listed.cuh"
 #include "units.cuh"
 
@@ -168,12 +169,17 @@ struct UpBody {
   const PrefillUpParams& p;
   const Ring& ring;
   u8* gather;      // of this warpgroup
-  u32* flag;
   Way place;
 
   // Read again after the loop over K.
   __device__ __forceinline__ const Item& item() const {
     return queue.item[place.number() % kQueue];
+  }
+
+  // Where column c of the item is in q.
+  __device__ __forceinline__ int row_of(u64 first_column, int c) const {
+    const int row = static_cast<int>(first_column) + c;
+    return kSorted ? row | (c & 7) << 28 : p.rows[first_column + c];
   }
 
   template <int kN>
@@ -183,17 +189,17 @@ struct UpBody {
     const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
     const int width = p.weights.rows / 2;
     const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
-    const int* pairs = p.columns + first_column;
-    auto row_of = [&](int c) {
-      const int row = static_cast<int>(first_column) + c;
-      return kSorted ? row | (c & 7) << 28 : p.rows[first_column + c];
-    };
     const int row_tile = (item().block * kWgs + wg) * kPerWg;
     const int tiles = min(kPerWg, p.weights.rows / 64 - row_tile);
     const int f = (thread >> 5) * 8 + (lane >> 2);
     const float b_scale = __uint_as_float(lds32(smem_address(&b_factor)));
     const float q_scale = __uint_as_float(lds32(smem_address(&q_divisor)));
     const float q_inverse = __frcp_rn(q_scale);
+    const Columns columns{gather};
+    if constexpr (kDynamic) {
+      columns.read(p, first_column, item().count);
+      named_sync(1 + wg, 128);
+    }
 #pragma unroll
     for (int i = 0; i < kN / 2; i += 4) {
 #pragma unroll
@@ -201,8 +207,8 @@ struct UpBody {
         const int c = i * 2 + (lane & 3) * 2 + e;
         if constexpr (kDynamic) {
           if (c >= item().count) continue;
-          const int pair = pairs[c];
-          const float scale = p.b_scale[pair / p.top_k] * 512.0f;
+          const int pair = columns.pair(c);
+          const float scale = columns.scale(c);
 #pragma unroll
           for (int t = 0; t < kPerWg; ++t) {
             if (t >= tiles) continue;
@@ -220,38 +226,28 @@ struct UpBody {
         }
       }
     }
-    if constexpr (kDynamic) {
-      finish_tile(pairs, row_of, width);
-      return;
-    }
+    if constexpr (kDynamic) return;
     // Rows of features together: a pair's row of q is written in pieces of 16 bytes.
     named_sync(1 + wg, 128);
     constexpr int kPieces = kFeatures / 16;
     const int piece = thread % kPieces;
     for (int c = thread / kPieces; c < item().count; c += 128 / kPieces) {
       if (piece * 16 < tiles * 32) {
-        *reinterpret_cast<uint4*>(q_piece(p, row_of(c), row_tile * 32 + piece * 16)) =
+        *reinterpret_cast<uint4*>(q_piece(p, row_of(first_column, c), row_tile * 32 + piece * 16)) =
             *reinterpret_cast<const uint4*>(gather + c * kPitch + piece * 16);
       }
     }
     named_sync(1 + wg, 128);
   }
 
-  template <class Rows>
-  __device__ __forceinline__ void finish_tile(const int* pairs, Rows row_of, int width) {
-    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7;
-    const int row_tiles = p.weights.rows / 64;
-    // A warpgroup without a row tile has nothing to do with the item.
-    const int arrivals = kSorted ? row_tiles : kWgs * ((row_tiles + kRowTiles - 1) / kRowTiles);
-    if (!last_to_arrive(p.tile_count + item().tile, arrivals, wg, flag)) return;
-    for (int c = thread >> 5; c < item().count; c += 4) {
-      const u64 pair = pairs[c];
-      const int row = row_of(c);
-      const float scale = quantize_row(p.inner + pair * width, width, [&](int i, u32 four) {
-        *reinterpret_cast<u32*>(q_piece(p, row, i)) = four;
-      });
-      if ((thread & 31) == 0) p.q_row_scale[pair] = scale;
-    }
+  // With per-token scales, all warpgroups, after run(): who completes a tile quantises its rows.
+  __device__ __forceinline__ void finish_tile() {
+    const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
+    if (!last_block(p.tile_count + item().tile, blocks)) return;
+    const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
+    quantize_tile<kRowsHeld>(
+        p, p.columns + first_column, item().count, [&](int c) { return row_of(first_column, c); },
+        [&](int row, int i, u32 four) { *reinterpret_cast<u32*>(q_piece(p, row, i)) = four; });
   }
 };
 
@@ -261,7 +257,6 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
 #endif
     w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
   extern __shared__ __align__(128) u8 shared[];
-  __shared__ u32 flags[kWgs];
   __shared__ __align__(16) u8 gather[kWgs][kGatherBytes];
   const Ring ring = make_ring(shared, p.ring, 0);
   pdl_wait();
@@ -303,7 +298,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     return;
   }
   take_registers();
-  UpBody body{p, ring, gather[threadIdx.x >> 7], flags + (threadIdx.x >> 7), Way{}};
+  UpBody body{p, ring, gather[threadIdx.x >> 7], Way{}};
   for (;;) {
     Reader reader{body.place.number()};
     const Item& item = reader.wait(queue, ring);
@@ -314,6 +309,9 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       pass(p.weights.k / kStageK, ring, body.place, kSorted && *p.total > p.room);
     } else {
       with_columns(item.count, body);
+    }
+    if constexpr (kDynamic) {
+      if (uniform(body.item().count) > 0) body.finish_tile();
     }
     Reader{body.place.number()}.release(ring);
     body.place.next_item();

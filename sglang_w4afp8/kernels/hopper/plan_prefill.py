@@ -129,12 +129,14 @@ def _cluster(layer: Layer, tokens: int, sms: int) -> int:
 
 def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
     shape, group = (layer.up, layer.group) if up else (layer.down, layer.inner_group)
+    inner = (("W4_INNER", layer.inner),) if up and layer.dynamic else ()
     return (
         ("W4_K", shape.stage_k),
         ("W4_TILES", shape.tiles),
         ("W4_GROUP", group),
         ("W4_MINUS_EIGHT", int(layer.minus_eight)),
         ("W4_DYNAMIC", int(layer.dynamic)),
+        *inner,
     )
 
 
