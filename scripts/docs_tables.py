@@ -16,7 +16,7 @@ from typing import Any
 
 from sglang_w4afp8 import env
 from sglang_w4afp8.hooks import HOOKS
-from sglang_w4afp8.kernels.hopper.plan import PATHS, Limits
+from sglang_w4afp8.kernels.hopper.plan import Limits
 from sglang_w4afp8.kernels.support import support_table
 from sglang_w4afp8.tools.bench_choose import path_of
 
@@ -110,21 +110,25 @@ def humming_table() -> str:
 
 
 def tune_table() -> str:
-    """``benchmarks/results/tune-h100.json``: microseconds of every path, the table's one bold."""
+    """``benchmarks/results/tune-h100.json``: limits, microseconds, the next path's over those."""
     path = RESULTS / "tune-h100.json"
     if not path.exists():
         return NOT_MEASURED
-    lines = ["| Shape | M | " + " | ".join(PATHS) + " |", "|---|--:|" + "--:|" * len(PATHS)]
+    head = ["Shape", "Scales", "Codes", *(f"`{name}` to" for name in Limits._fields)]
+    sizes = (16, 64, 256, 1024, 4096)
+    lines = ["| " + " | ".join([*head, *(f"M = {m}" for m in sizes)]) + " |"]
+    lines.append("|---|---|---|" + "--:|" * (len(Limits._fields) + len(sizes)))
     for result in json.loads(path.read_text()):
         limits = Limits(**result["limits"])
-        for m in (4, 16, 64, 128, 256, 512, 1024):
+        scales, codes = result["variant"].split(", ")
+        cells = [result["shape"], scales, "−8…7" if codes == "16 codes" else "−7…7"]
+        cells += [str(most or "—") for most in limits]
+        for m in sizes:
             timed = {name: us[str(m)] for name, us in result["us"].items() if str(m) in us}
-            if not timed:
-                continue
-            cells = [f"{timed[name]:.1f}" if name in timed else "—" for name in PATHS]
-            taken = PATHS.index(path_of(limits, m))
-            cells[taken] = f"**{cells[taken]}**"
-            lines.append(f"| {result['shape']} | {m} | " + " | ".join(cells) + " |")
+            mine = timed.pop(path_of(limits, m), None)
+            times = f" ({min(timed.values()) / mine:.2f}×)" if mine and timed else ""
+            cells.append(f"{mine:.1f}{times}" if mine else "—")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -93,18 +93,21 @@ def test_prefill_results_have_their_own_tables(
     assert "| r1-tp8 | zipf | 4096 | 1.10× |" in tables["prefill-skew"]
 
 
-def test_the_path_that_limits_give_is_bold(
+def test_limits_of_paths_and_what_they_save(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     assert script.tune_table() == "Not measured yet."
-    us: dict[str, dict[str, float]] = {"small": {"4": 39.0}, "medium": {}}
-    us |= {"large": {"4": 44.0, "256": 302.3, "300": 1.0}, "prefill": {"4": 69.7, "256": 283.3}}
+    us: dict[str, dict[str, float]] = {"small": {"16": 66.0}, "medium": {"4096": 5.0}}
+    us |= {"large": {"16": 44.0, "256": 302.3, "300": 1.0}, "prefill": {"16": 88.0, "256": 283.3}}
     limits = {"small": 5, "medium": 0, "large": 200}
-    result = {"shape": "r1-tp8", "limits": limits, "us": us}
-    (tmp_path / "tune-h100.json").write_text(json.dumps([result]))
-    found = script.tune_table().splitlines()
-    assert found[0] == "| Shape | M | small | medium | large | prefill |"
-    assert "| r1-tp8 | 4 | **39.0** | — | 44.0 | 69.7 |" in found
-    assert "| r1-tp8 | 256 | — | — | 302.3 | **283.3** |" in found
-    assert len(found) == 4
+    result = {"shape": "r1-tp8", "variant": "static, 16 codes", "limits": limits, "us": us}
+    other = result | {"variant": "per token, 15 codes"}
+    (tmp_path / "tune-h100.json").write_text(json.dumps([result, other]))
+    head, line, *found = script.tune_table().splitlines()
+    limits_of = "`small` to | `medium` to | `large` to | M = 16 |"
+    assert head.startswith(f"| Shape | Scales | Codes | {limits_of}")
+    assert line.count("|") == head.count("|") == found[0].count("|")
+    # What took less than the path of the limits is seen, what neither of them ran is not.
+    times = "| 5 | — | 200 | 44.0 (1.50×) | — | 283.3 (1.07×) | — | — |"
+    assert found == [f"| r1-tp8 | static | −8…7 {times}", f"| r1-tp8 | per token | −7…7 {times}"]
