@@ -1,5 +1,5 @@
-// Of prefill_up.cu with per-token scales: what a tile's columns are scaled by, and its rows of products
-// to FP8 by their own amax when all of them are there.
+// Of prefill_up.cu with per-token scales: what a tile's columns are scaled by; its rows of products
+// to FP8, by their own amax, when all of them are there.
 #pragma once
 #include "prefill.cuh"
 #include "units.cuh"
@@ -32,14 +32,14 @@ struct Columns {
   }
 };
 
-// Rows that a warp has in registers at once, 64 numbers of each lane in all: memory is far away, and
-// whoever has the last part of a tile is waited for.
+// Rows that a warp has in registers at once, 64 numbers of each lane in all: memory is far away,
+// and whoever has the last part of a tile is waited for.
 constexpr int kVectors = kInner > 0 ? (kInner + 127) / 128 : 1;  // float4 of a lane and row
 constexpr int kHeld = 16;
 constexpr int kRowsHeld = kVectors < 2 ? 8 : kHeld / kVectors;  // 0: a row is too wide
 
-// All warpgroups of a CTA: whether theirs was the last of a tile's `blocks`. The count is zero again
-// then.
+// All warpgroups of a CTA: whether theirs was the last of a tile's `blocks`. The count is zero
+// again then.
 __shared__ u32 last;
 __device__ __forceinline__ bool last_block(u32* count, u32 blocks) {
   named_sync(1 + kWgs, kConsumers);
