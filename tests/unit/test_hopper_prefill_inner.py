@@ -19,10 +19,10 @@ UP, INNER = "prefill_up.cu", "prefill_inner.cuh"
 WIDTHS = (64, 128, 192, 256, 320, 512, 704, 1408, 2048, 2112, 4096)
 
 
-def up_constants(width: int, dynamic: bool = True) -> tuple[dict[str, Any], Any]:
+def up_constants(width: int) -> tuple[dict[str, Any], Any]:
     """Constants of gate and up for ``width`` columns between the projections, and its launch."""
     group = next(group for group in (128, 64) if width % group == 0)
-    layer = Layer(16, 7168, width, 128, group, 8, False, dynamic)
+    layer = Layer(16, 7168, width, 128, group, 8, minus_eight=False, dynamic=True)
     up = plan_prefill(layer, 1024, 132).launches[1]
     assert up.kernel.source == UP
     return c_constants(UP, dict(up.kernel.defines)), up
@@ -59,12 +59,12 @@ def test_every_row_and_column_of_a_tile_is_quantised_once(width: int) -> None:
         assert sorted(done) == list(range(count))
     if rows == 0:
         return
+    # What is asked for is what is stored.
+    assert c_text(INNER).count("column < kInner") == 2
     columns = []
     for i in range(vectors):
         for lane in range(32):
             column = c_value(c_find(INNER, held, "column"), {"i": i, "lane": lane})
-            # What is asked for is what is stored.
-            assert c_text(INNER).count("column < kInner") == 2
             columns += range(column, column + 4) if column < width else []
     assert sorted(columns) == list(range(width))
 
