@@ -103,11 +103,11 @@ def _median(body: Any, count: int) -> float:
     return bench_moe.spread(bench_moe.graph_times_us(body, count, 7))[0]
 
 
-_kept: dict[tuple[str, ActivationScheme, int], tuple[Any, Any]] = {}
+_kept: dict[tuple[bench_moe.Shape, ActivationScheme, int], tuple[Any, Any]] = {}
 
 
 def _weights(shape: bench_moe.Shape, scheme: ActivationScheme, seed: int) -> tuple[Any, Any]:
-    key = (shape.name, scheme, seed)
+    key = (shape, scheme, seed)
     if key not in _kept:
         for old in [k for k in _kept if k[:2] != key[:2]]:
             del _kept[old]

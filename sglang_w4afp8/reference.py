@@ -83,7 +83,8 @@ def activation_scale(
         static_scale: one element, for the static scheme.
 
     Returns:
-        ``(1, 1)`` or ``(T, 1)`` float32. An all-zero row or batch has scale 1.
+        ``(1, 1)`` or ``(T, 1)`` float32. An all-zero row or batch has scale 1, and one of denormal
+        numbers 2^-126: divided by amax / 448, which may be zero, its zeros would not be numbers.
     """
     if scheme is ActivationScheme.STATIC:
         assert static_scale is not None
@@ -95,7 +96,8 @@ def activation_scale(
         amax = magnitude.amax(dim=-1, keepdim=True)
     # A tensor as divisor: torch turns a number into a multiplication by its reciprocal on a GPU,
     # one bit off what kernels divide by, and codes on a rounding boundary then fall the other way.
-    return torch.where(amax > 0, amax / torch.full_like(amax, FP8_MAX), torch.ones_like(amax))
+    scale = (amax / torch.full_like(amax, FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(amax > 0, scale, torch.ones_like(amax))
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -251,6 +251,22 @@ def test_many_tokens_of_few_experts(inner: int, active: int) -> None:
         assert error(out, oracle(case, weights, x, *route)) < TOLERANCE, tokens
 
 
+@pytest.mark.parametrize("path", ["small", "medium", "large", "prefill"])
+@pytest.mark.parametrize("inner", [256, 512])
+def test_rows_too_small_for_a_scale_are_zero(path: str, inner: int) -> None:
+    """Rows of denormal numbers: amax / 448 is 0, and 0 / 0 is no number."""
+    case = Case(inner=inner, dynamic=True)
+    weights = random_weights(case)
+    x = torch.randn(8, case.hidden, device="cuda").bfloat16()
+    x[1::2] = 0
+    x[1::2, 5] = 2.0**-133  # the smallest BF16 number
+    x[3, 5] = 2.0**-126
+    route = routing(case, len(x), "all", 0)
+    out = call(case, stage_order(case, weights), x, *route, path)
+    assert torch.isfinite(out).all() and not out[1::2].any()
+    assert error(out, oracle(case, weights, x, *route)) < TOLERANCE
+
+
 @pytest.mark.parametrize(("path", "tokens"), ONE_HOT)
 @pytest.mark.parametrize("inner", [512, 256, 128, 64])
 def test_one_hot_gives_w2_bit_for_bit(path: str, tokens: int, inner: int) -> None:

@@ -65,24 +65,43 @@ def test_slices_and_room(
         (2560, 256, 1000, 2**28, 8),  # shares of clusters
     ],
 )
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_a_few_items_for_each_cta(
     hidden: int,
     inner: int,
     tokens: int,
     slice_bytes: int,
     room: float,
+    dynamic: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All that CTAs share and use again, in calls short enough for a race detector."""
     monkeypatch.setattr(plan_prefill, "SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(plan_prefill, "ROOM", room)
-    case = moe.Case(experts=6, hidden=hidden, inner=inner, top_k=4)
+    case = moe.Case(experts=6, hidden=hidden, inner=inner, top_k=4, dynamic=dynamic)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     plan = plan_prefill.plan_prefill(case.layer, tokens, sms)
     clusters = dict(plan.launches[1].kernel.defines).get("W4_CLUSTER", 1) == 2
     assert clusters == (inner == 128 and tokens == 200)
     if hidden < 7168 and sms == 132:
         assert plan.jobs is not None and plan.jobs.shares % plan.jobs.shared != 0
+    weights = moe.random_weights(case)
+    x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
+    route = moe.routing(case, tokens, "holes", tokens)
+    shuffled = moe.stage_order(case, weights)
+    out = moe.call(case, shuffled, x, *route, "prefill")
+    assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
+    assert torch.equal(out, moe.call(case, shuffled, x, *route, "prefill")), "two runs differ"
+
+
+@pytest.mark.parametrize("inner", [64, 192, 704, 1408, 2048, 2112])
+@pytest.mark.parametrize("tokens", [300])
+def test_few_items_with_rows_of_any_width(inner: int, tokens: int) -> None:
+    """With per-token scales rows of each width are quantised in their own way, the widest ones
+    without registers to hold them.
+    """
+    group = 128 if inner % 128 == 0 else 64
+    case = moe.Case(experts=6, hidden=1024, inner=inner, inner_group=group, top_k=4, dynamic=True)
     weights = moe.random_weights(case)
     x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
     route = moe.routing(case, tokens, "holes", tokens)

@@ -6,6 +6,7 @@ Expressions are the kernels' own; the statements around them follow ``prefill_in
 from __future__ import annotations
 
 import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,50 +73,156 @@ def test_every_row_and_column_of_a_tile_is_quantised_once(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_what_columns_are_has_room_beside_the_ring(width: int) -> None:
     c, up = up_constants(width)
-    within = ("struct Columns",)
-    scales = c_find(INNER, (*within, "float* scales()"), "return")
-    offset = c_value(scales.split("at + ")[1].rstrip(")"), c)
-    assert offset == c["kTokens"] * 4 and 2 * offset <= c["kGatherBytes"]
-    # gather, items, and what a block is told; dynamic memory has 1024 bytes of alignment.
-    assert c["kWgs"] * c["kGatherBytes"] + 1024 + up.shared_bytes <= CTA_SHARED_BYTES
-    # Named barriers 1 .. kWgs are those of warpgroups; there are 16.
-    barrier, threads = c_find(INNER, ("bool last_block(",), "named_sync(").split(", ")
-    assert c["kWgs"] < c_value(barrier, c) < 16 and threads == "kConsumers"
+    assert "struct __align__(8) Column {\n  int pair;\n  float scale;" in c_text(INNER)
+    columns = c["kQueue"] * c["kTokens"] * 8
+    gather = c["kWgs"] * c["kGatherBytes"]
+    # The plan leaves room for rows of results, which only static scales gather. Dynamic memory has
+    # 1024 bytes of alignment; 1024 are for the queue and what is told.
+    assert columns + gather <= CTA_SHARED_BYTES - 2 * 1024 - up.shared_bytes
+    # Every column that a warpgroup may compute is there; those behind the last have no pair.
+    fetched = c_text(INNER)[c_text(INNER).index("void claim_and_count(") :]
+    assert "for (int c = lane; c < kTokens; c += 32)" in fetched
+    assert "const int pair = c < item.count ? pairs[c] : -1;" in fetched
+    assert "store_if(column.pair >= 0 && t < tiles," in c_text(UP)
+
+
+def claiming(text: str, scope: dict[str, Any]) -> bool:
+    """A condition of ``claim_and_count`` or ``count_columns``."""
+    within = c_text(INNER)
+    found = re.search(rf"if \(({re.escape(text)}[^{{;]*)\) (?:\{{|\w)", within)
+    assert found is not None, text
+    expression = found[1].replace("atomicAdd(count, here)", "before").replace("++rests", "rests")
+    for name, value in (("tile.count", "tile_count"), ("next.kind", "kind")):
+        expression = expression.replace(name, value)
+    return bool(c_value(expression, scope))
+
+
+class Cta:
+    """What one CTA has claimed: items by number, what came with them, how many are released."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, int, int, int]] = []  # kind, tile, block, columns
+        self.complete: list[int | None] = []
+        self.released = self.claimed = self.rests = 0
+        self.ended = False
+
+
+def some_items(counts: list[int], blocks: int, ctas: int) -> list[tuple[str, int, int, int]]:
+    """As ``Order`` has them: the last ones in halves, the second of which may have no columns."""
+    whole = [("matrix", t, b, n) for t, n in enumerate(counts) for b in range(blocks)]
+    rest = len(whole) % ctas
+    cut = len(whole) - rest if rest * 2 <= ctas else len(whole)
+    items = whole[:cut]
+    for kind, tile, block, count in whole[cut:]:
+        most = min((count + 31) // 32 * 16, count)
+        items += [(kind, tile, block, most), (kind, tile, block, count - most)]
+    return items
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("seed", range(3))
-def test_who_has_the_last_block_of_a_tile_is_the_only_one_to_quantise_it(
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_quantised_once_when_all_of_their_products_are_there(
     width: int, seed: int
 ) -> None:
+    """CTAs claim, multiply and quantise in any order; who waits for nobody else ends."""
     c, _ = up_constants(width)
+    random_ = random.Random(seed)
     p = SimpleNamespace(weights=SimpleNamespace(rows=2 * width))
-    order = ("struct Order {", "int blocks()")
-    items = c_value(c_find(UP, order, "return"), c | {"p": p})
-    blocks = c_value(c_find(UP, ("void finish_tile()",), "blocks"), c | {"p": p})
-    # An item for each block, whole ones only, in one CTA each.
-    assert items == blocks and not c["kHalved"] and c["kCluster"] == 1
-    assert items * c["kRowTiles"] * 64 >= 2 * width > (items - 1) * c["kRowTiles"] * 64
-    arriving = [tile for tile in range(5) for _ in range(items)]
-    random.Random(seed).shuffle(arriving)
-    counts, there = [0] * 5, [0] * 5
-    last = c_find(INNER, ("bool last_block(",), "last").replace("atomicAdd(count, 1u)", "before")
-    for tile in arriving:
-        there[tile] += 1
-        ends = c_value(last, {"before": counts[tile], "blocks": blocks})
-        counts[tile] += 1
-        assert ends == (there[tile] == items), "rows that are not there, or nobody to quantise them"
-        if ends:
-            counts[tile] = 0
-    assert "if (last) *count = 0;" in c_text(INNER) and not any(counts)
+    blocks = c_value(c_find(UP, ("struct Order {", "int blocks()"), "return"), c | {"p": p})
+    assert blocks * c["kRowTiles"] * 64 >= 2 * width > (blocks - 1) * c["kRowTiles"] * 64
+    assert c["kHalved"] and c["kQueue"] == 2
+    counts = [random_.choice((1, 8, 16, 17, 100, 128)) for _ in range(random_.choice((0, 3, 9)))]
+    ctas = [Cta() for _ in range(random_.choice((1, 4, 7)))]
+    items = some_items(counts, blocks, len(ctas))
+    kinds = {"kEnd": 0, "kMatrix": 1, "kRest": 2}
+    there, counted, quantised = [0] * len(counts), [0] * len(counts), [0] * len(counts)
+    taken, rest, end = 0, ("rest", -1, -1, 0), ("end", -1, -1, 0)
+
+    def counts_in(cta: Cta, number: int) -> int | None:
+        """``count_columns`` of an item that is released."""
+        kind, tile, _, count = cta.items[number]
+        if count == 0:
+            return None
+        assert kind == "matrix"
+        before, counted[tile] = counted[tile], counted[tile] + count
+        scope = {"before": before, "here": count, "blocks": blocks, "tile_count": counts[tile]}
+        if claiming("atomicAdd(count, here)", scope):
+            return None
+        counted[tile] = 0
+        return tile
+
+    def claim(cta: Cta) -> None:
+        nonlocal taken
+        number = len(cta.items)
+        tile = None if number < c["kQueue"] else counts_in(cta, number - c["kQueue"])
+        columns = 0 if tile is None else counts[tile]
+        item = end
+        if claiming("kApart && tile.count", c | {"tile_count": columns}):
+            item = rest
+        elif cta.rests == 0:
+            item = items[taken] if taken < len(items) else item
+            taken += 1
+        kind = kinds["kEnd" if item == end else "kMatrix"]
+        cta.rests += item == end
+        if claiming("next.kind == kEnd", c | kinds | {"kind": kind, "rests": cta.rests}):
+            item = rest
+        cta.items.append(item)
+        cta.complete.append(tile)
+
+    def work(cta: Cta) -> None:
+        kind, tile, _, count = cta.items[cta.released]
+        done = cta.complete[cta.released]
+        if done is not None:
+            assert there[done] == blocks * counts[done], "rows that are not there"
+            assert not c["kApart"] or kind != "matrix"
+            quantised[done] += 1
+        if kind == "matrix":
+            there[tile] += count
+        cta.ended = kind == "end"
+        cta.released += 1
+
+    while not all(cta.ended for cta in ctas):
+        may = [
+            (step, cta)
+            for cta in ctas
+            for step, can in (
+                # A slot is free; nothing is claimed behind the end.
+                (claim, len(cta.items) < cta.released + c["kQueue"] and end not in cta.items),
+                (work, cta.released < len(cta.items) and not cta.ended),
+            )
+            if can
+        ]
+        assert may, "everybody waits"
+        step, cta = random_.choice(may)
+        step(cta)
+    assert quantised == [1] * len(counts) and not any(counted)
 
 
-def test_idle_warpgroups_meet_the_others() -> None:
-    """All consumers are at the barriers of ``last_block``: those without a row tile, too."""
+def test_who_claims_publishes_what_comes_with_an_item_before_it() -> None:
+    text = " ".join(c_text(INNER).split())
+    claim = text[text.index("void claim_and_count(") :]
+    free = claim.index("barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);")
+    counted = claim.index("i < kQueue ? Complete{} : count_columns(p, item, blocks);")
+    assert free < counted < claim.index("complete[slot] = tile, item = next; barrier_arrive(bar);")
+    # A fence between the products and their count, and between the count and who reads them.
+    count = text[text.index("Complete count_columns(") : text.index("void claim_and_count(")]
+    assert (
+        count.index("__threadfence();")
+        < count.index("atomicAdd(")
+        < count.rindex("__threadfence();")
+    )
+    # Scales of tokens that are written beside are waited for, and not read from an old line.
+    assert claim.index("ready(item);") < claim.index("__ldcg(p.b_scale + pair / p.top_k)")
+    assert "if (listed) written.wait(item.first + item.count);" in c_text(UP)
+
+
+def test_all_warpgroups_quantise() -> None:
+    """Before an item, the end, too, and whether they have rows of weights or not."""
     text = c_text(UP)
-    loop = text[text.index("const bool idle") : text.index("body.place.next_item();")]
-    passing, finishing = loop.index("pass(p.weights.k"), loop.index("body.finish_tile();")
-    assert passing < loop.index("with_columns(item.count, body);") < finishing
-    # Behind both branches; only items without columns, which all warpgroups skip, are left out.
-    assert loop[loop.rindex("    }\n    if constexpr (kDynamic)") :].count("else") == 0
-    assert "if (uniform(body.item().count) > 0) body.finish_tile();" in loop
+    loop = text[text.index("reader.wait(queue, ring);") :]
+    quantising = loop.index("if constexpr (kDynamic) body.quantize_complete();")
+    assert quantising < loop.index("if (kind == kEnd) break;") < loop.index("const bool idle")
+    assert "kDynamic && kind == kRest ? 0 : p.weights.k / kStageK" in loop
+    # Others do not see items without stages.
+    ring = " ".join(c_text("prefill_ring.cuh").split())
+    assert "release(ring, times); if (item.kind != kRest) return item;" in ring

@@ -281,7 +281,7 @@ def dealt(items: int, grid: int, block: int) -> list[int]:
     """``claim`` of a CTA of a cluster of two: the numbers of its items."""
     scope = {"kCluster": 2, "blockIdx": SimpleNamespace(x=block)}
     scope["gridDim"] = SimpleNamespace(x=grid)
-    text = c_find(RING, ("void claim",), "u32 number")
+    text = c_find(RING, ("u32 claim_number(",), "return")
     numbers = (c_value(text, scope | {"i": i}) for i in range(items + 1))
     return list(takewhile(lambda number: number < items, numbers))
 
@@ -291,7 +291,7 @@ def test_an_item_is_claimed_when_it_has_a_slot() -> None:
     text = " ".join(c_text(RING).split())
     text = text[text.index("void claim(") : text.index("struct Reader")]
     slot = text.index("barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);")
-    claimed = text.index("number = kCluster == 1 ? atomicAdd(counter, 1u)")
+    claimed = text.index("const Item item = describe(claim_number(counter, i));")
     assert slot < claimed < text.index("queue.item[i % kQueue] = item; barrier_arrive(bar);")
     # The one that is worked on, and the next. Gate and up and down have the same ring.
     assert down_constants()["kQueue"] == 2

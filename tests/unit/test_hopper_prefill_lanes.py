@@ -52,6 +52,7 @@ ARRIVALS = {
         "full()": COPIES,
         "stored()": (0, 8),
     },
+    "prefill_inner.cuh": {"smem_address(columns_bars + i)": (0, 1)},  # who claims
     "gemm.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "own_down.cu": {"bars + i * 16": (1, 1), "bars + i * 16 + 8": (0, 8)},
     "small_up.cu": {"bars + i * 16": COPIES, "bars + i * 16 + 8": (0, 8)},
@@ -62,6 +63,7 @@ ARRIVALS = {
 OTHERS = {
     (RING, "barrier_arrive(bar);"): 1,  # claim: one lane works
     (TABLES, "barrier_arrive(bar);"): 1,  # as claim
+    ("prefill_inner.cuh", "barrier_arrive(bar);"): 1,
     (RING, "if (lane < kCluster) barrier_arrive_at(empty, lane);"): 1,  # a lane for each CTA
     (RING, "for (u32 to = 0; to < kCluster; ++to) barrier_arrive_at(empty, to);"): 1,  # all lanes
     (JOBS, "for (int i = 0; i < 4; ++i) barrier_arrive(turn(0, i), kLanes);"): 1,

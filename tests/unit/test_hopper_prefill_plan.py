@@ -222,7 +222,7 @@ def test_clusters_are_whole(layer: Layer, sms: int) -> None:
         cluster = defines.get("W4_CLUSTER", 1)
         seen.add(cluster)
         pairs = tokens * layer.top_k
-        may = one_block and sms % 2 == 0 and not layer.dynamic and layer in OWN
+        may = one_block and sms % 2 == 0 and layer in OWN
         assert cluster == (2 if least <= pairs < most and may else 1)
         assert cluster == 1 or (defines["W4_PER_WG"], defines["W4_TILES"]) == (2, 1)
         assert (found.up.together, found.down.together) == (cluster, 1)

@@ -190,5 +190,6 @@ def test_a_stage_is_waited_for_as_it_was_copied() -> None:
         "multiply<kN>(acc, p.weights.k / kStageK, ring, place, !kSorted || *p.total > p.room);"
         in up
     )
-    assert "const bool listed = kSorted && *p.total <= p.room;" in up
+    assert "const int total = kSorted ? *p.total : 0;" in up
+    assert "const bool listed = kSorted && total <= p.room;" in up
     assert "ring, body.place, kSorted && *p.total > p.room);" in up

@@ -154,6 +154,10 @@ def test_activation_scales() -> None:
     per_tensor = activation_scale(x, ActivationScheme.DYNAMIC_PER_TENSOR, None)
     torch.testing.assert_close(per_tensor, torch.tensor([[0.01]]))
     assert torch.equal(fake_quantize_fp8(x, per_token)[1], torch.zeros(2))
+    # amax / 448 is zero here, and rows have zeros beside their denormal numbers.
+    tiny = torch.tensor([[2.0**-149, 0.0, -(2.0**-140)]])
+    smallest = activation_scale(tiny, ActivationScheme.DYNAMIC_PER_TOKEN, None)
+    assert smallest.item() == 2.0**-126 and torch.isfinite(fake_quantize_fp8(tiny, smallest)).all()
     # Beyond the range values clamp; they must not become NaN.
     clipped = fake_quantize_fp8(torch.tensor([[1e6, -1e6]]), torch.tensor([[1.0]]))
     assert clipped.tolist() == [[448.0, -448.0]]

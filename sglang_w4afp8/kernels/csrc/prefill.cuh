@@ -111,7 +111,8 @@ struct Mine {
 template <int kN, class Way>
 __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stages,
                                          const Ring& ring, Way& from, bool gathered) {
-  constexpr bool kKeep = kN < 184;  // wider tiles have no registers for it
+  // Wider tiles have no registers for it, nor have many sums whose scales change often.
+  constexpr bool kKeep = kN < 184 && (kGroup == 128 || kMinusEight || kPerWg * kN < 240);
   constexpr int kParts = kPerWg * kGroups;  // of a half; a stage's have no loop
   Way place = from;
   place.slot = uniform(from.slot), place.phase = static_cast<u32>(uniform(from.phase));

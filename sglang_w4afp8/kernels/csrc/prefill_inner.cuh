@@ -1,5 +1,6 @@
 // Of prefill_up.cu with per-token scales: what a tile's columns are scaled by; its rows of products
-// to FP8, by their own amax, when all of them are there.
+// to FP8, by their own amax, when all of them are there. The warp that claims items does what waits
+// for memory: those that multiply have no barrier and no fence for it.
 #pragma once
 #include "prefill.cuh"
 #include "units.cuh"
@@ -8,58 +9,110 @@
 #define W4_INNER 0
 #endif
 constexpr int kInner = W4_INNER;  // columns of `inner`; 0 where scales are static
+static_assert((kInner > 0) == (W4_DYNAMIC != 0), "");
 
-// In shared memory, of a warpgroup and an item: the pair of each column and the scale of its token.
-struct Columns {
-  u8* at;
-
-  __device__ __forceinline__ int* pairs() const { return reinterpret_cast<int*>(at); }
-  __device__ __forceinline__ float* scales() const {
-    return reinterpret_cast<float*>(at + kTokens * 4);
-  }
-  __device__ __forceinline__ int pair(int c) const { return pairs()[c]; }
-  __device__ __forceinline__ float scale(int c) const { return scales()[c]; }
-
-  // A warpgroup; the caller waits for all of it. Scales are those of the tokens, times what codes
-  // are decoded to.
-  template <class Params>
-  __device__ __forceinline__ void read(const Params& p, u64 first_column, int count) const {
-    for (int c = threadIdx.x & 127; c < count; c += 128) {
-      const int pair = p.columns[first_column + c];
-      pairs()[c] = pair;
-      scales()[c] = p.b_scale[pair / p.top_k] * 512.0f;
-    }
-  }
+// What the warp that claims knows of an item before its products are there. Of the columns behind
+// the last one the pair is -1.
+struct __align__(8) Column {
+  int pair;
+  float scale;  // of its token, times what codes are decoded to
 };
+// A tile whose products are all there: its rows are quantised before the item that comes with it.
+struct Complete {
+  u64 first_column;
+  int count;  // 0: none
+};
+constexpr int kSlots = kInner > 0 ? kQueue : 1;
+__shared__ __align__(16) Column columns[kSlots][kInner > 0 ? kTokens : 2];
+__shared__ Complete complete[kSlots];
+__shared__ u64 columns_bars[kSlots];
 
-// Rows that a warp has in registers at once, 64 numbers of each lane in all: memory is far away,
-// and whoever has the last part of a tile is waited for.
-constexpr int kVectors = kInner > 0 ? (kInner + 127) / 128 : 1;  // float4 of a lane and row
-constexpr int kHeld = 16;
-constexpr int kRowsHeld = kVectors < 2 ? 8 : kHeld / kVectors;  // 0: a row is too wide
-
-// All warpgroups of a CTA: whether theirs was the last of a tile's `blocks`. The count is zero
-// again then.
-__shared__ u32 last;
-__device__ __forceinline__ bool last_block(u32* count, u32 blocks) {
-  named_sync(1 + kWgs, kConsumers);
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(count, 1u) == blocks - 1;
-    if (last) *count = 0;
-    __threadfence();
-  }
-  named_sync(1 + kWgs, kConsumers);
-  return last != 0;
+// One thread, before make_ring().
+__device__ __forceinline__ void make_columns() {
+  for (int i = 0; i < kSlots; ++i) barrier_init(smem_address(columns_bars + i), kLanes);
+}
+// Those of item `number`, when they are there.
+__device__ __forceinline__ const Column* wait_columns(int number) {
+  const int slot = number % kQueue;
+  barrier_wait(smem_address(columns_bars + slot), (number / kQueue) & 1);
+  return columns[slot];
 }
 
-// The same: rows of the `count` pairs of a tile, `row_of(c)` for `store(row, i, four)` and the
-// codes of columns i .. i + 3.
+// One lane, when all readers are through with `item`, one of `blocks` of its tile or half of one:
+// the products are in memory, for them and, after the fence, for everybody. The count is zero again
+// when all columns of all blocks are there.
+template <class Params>
+__device__ __forceinline__ Complete count_columns(const Params& p, const Item& item, u32 blocks) {
+  if (item.count == 0) return Complete{};
+  const Tile tile = p.tiles[item.tile];
+  u32* count = p.tile_count + item.tile;
+  const u32 here = item.count;
+  __threadfence();
+  if (atomicAdd(count, here) + here != blocks * tile.count) return Complete{};
+  *count = 0;
+  __threadfence();
+  return Complete{static_cast<u64>(item.list) * p.list_pairs + tile.first, tile.count};
+}
+
+// Whether a tile's rows take so long that its CTA has no other item while it quantises them. Else
+// the next item's stages are on their way, and it would be idle until they come.
+constexpr bool kApart = kInner > 512;
+
+// claim() for a whole warp, which also fetches what columns are scaled by, and counts columns. It
+// learns that an item is done with when it wants the slot, so rests for the other slots lie between
+// the last item and the end. `ready(item)`: waits for the scales of an item's tokens.
+template <class Params, class Describe, class Ready>
+__device__ __forceinline__ void claim_and_count(const Params& p, Queue& queue, const Ring& ring,
+                                                u32 blocks, Describe describe, Ready ready) {
+  const int lane = threadIdx.x & 31;
+  for (int i = 0, claimed = 0, rests = 0;; ++i) {
+    const int slot = i % kQueue;
+    const u32 bar = ring.queue_bars + slot * 16;
+    barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
+    Item& item = queue.item[slot];
+    if (lane == 0) {
+      const Complete tile = i < kQueue ? Complete{} : count_columns(p, item, blocks);
+      Item next{};
+      if (kApart && tile.count > 0) {
+        next.kind = kRest;
+      } else if (rests == 0) {
+        next = describe(claim_number(p.claimed, claimed++));
+      }
+      if (next.kind == kEnd && ++rests < kQueue) next.kind = kRest;
+      complete[slot] = tile, item = next;
+      barrier_arrive(bar);
+    }
+    __syncwarp();
+    if (item.kind == kEnd) return;
+    if (item.kind == kMatrix) {
+      ready(item);
+      const int* pairs = p.columns + static_cast<u64>(item.list) * p.list_pairs + item.first;
+#pragma unroll
+      for (int c = lane; c < kTokens; c += 32) {
+        const int pair = c < item.count ? pairs[c] : -1;
+        const float scale = pair < 0 ? 0.0f : __ldcg(p.b_scale + pair / p.top_k) * 512.0f;
+        columns[slot][c] = Column{pair, scale};
+      }
+      __syncwarp();
+    }
+    if (kEveryLane || lane == 0) barrier_arrive(smem_address(columns_bars + slot));
+  }
+}
+
+// Rows that a warp has in registers at once, 128 numbers of each lane in all: memory is far away,
+// and whoever has the last part of a tile is waited for.
+constexpr int kVectors = kInner > 0 ? (kInner + 127) / 128 : 1;  // float4 of a lane and row
+constexpr int kHeld = 32;
+constexpr int kRowsHeld = kVectors < 2 ? 16 : kHeld / kVectors;  // 0: a row is too wide
+
+// All warpgroups of a CTA: rows of the `count` pairs of a tile, `row_of(c)` for `store(row, i,
+// four)` and the codes of columns i .. i + 3.
 template <int kRows, class Params, class Rows, class Store>
 __device__ __forceinline__ void quantize_tile(const Params& p, const int* pairs, int count,
                                               Rows row_of, Store store) {
   constexpr int kWarps = kConsumers / 32;
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  // Uniform, or the compiler takes branches for such that part a warp, and the loops over K spill.
+  const int thread = read_thread(), warp = uniform(thread >> 5), lane = thread & 31;
   if constexpr (kRows == 0) {
     for (int c = warp; c < count; c += kWarps) {
       const int pair = pairs[c], row = row_of(c);
@@ -95,7 +148,7 @@ __device__ __forceinline__ void quantize_tile(const Params& p, const int* pairs,
           amax = fmaxf(amax, fmaxf(fmaxf(fabsf(w.x), fabsf(w.y)), fmaxf(fabsf(w.z), fabsf(w.w))));
         }
         for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-        const float scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+        const float scale = row_scale(amax);
         const Divisor by = Divisor::of(scale);
         const int row = __shfl_sync(0xffffffffu, row_here, r);
 #pragma unroll

@@ -70,7 +70,7 @@ __device__ __forceinline__ void write_rows(const Listed& p, int first, int count
         amax = largest8(amax, *reinterpret_cast<const uint4*>(from + c - column));
       }
       for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-      scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+      scale = row_scale(amax);
       if (lane == 0) p.x_scale[token] = scale;  // the same for all of the token's pairs
     }
     const Divisor by = Divisor::of(scale);

@@ -67,7 +67,7 @@ struct Tile {
   int expert, first, count, unused;  // columns[first .. first + count)
 };
 
-enum Kind { kEnd, kMatrix };
+enum Kind { kEnd, kMatrix, kRest };  // kRest: no stages, only consumers see it
 
 struct __align__(16) Item {
   int kind, expert, first, count;
@@ -117,17 +117,19 @@ struct CountingPlace : Place {
 };
 
 // ---- claiming -----------------------------------------------------------------------------------
+// One lane: the number of this CTA's i-th item. The CTAs of a cluster get the same.
+__device__ __forceinline__ u32 claim_number(u32* counter, int i) {
+  return kCluster == 1 ? atomicAdd(counter, 1u) : (blockIdx.x + i * gridDim.x) / kCluster;
+}
 // One lane. `describe(number)` gives item `number`, kEnd past the last one. An item is claimed no
-// sooner than it has a slot. The CTAs of a cluster get the same numbers.
+// sooner than it has a slot.
 template <class Describe>
 __device__ __forceinline__ void claim(Queue& queue, const Ring& ring, u32* counter,
                                       Describe describe) {
   for (int i = 0;; ++i) {
     const u32 bar = ring.queue_bars + i % kQueue * 16;
     barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
-    const u32 number =
-        kCluster == 1 ? atomicAdd(counter, 1u) : (blockIdx.x + i * gridDim.x) / kCluster;
-    const Item item = describe(number);
+    const Item item = describe(claim_number(counter, i));
     queue.item[i % kQueue] = item;
     barrier_arrive(bar);
     if (item.kind == kEnd) return;
@@ -150,11 +152,13 @@ struct Reader {
     }
     ++number;
   }
-  // `times`: as how many warps it counts.
+  // The next item that has stages, or the end. `times`: as how many warps it counts.
   __device__ __forceinline__ Item next(const Queue& queue, const Ring& ring, u32 times = 1) {
-    const Item item = wait(queue, ring);
-    release(ring, times);
-    return item;
+    for (;;) {
+      const Item item = wait(queue, ring);
+      release(ring, times);
+      if (item.kind != kRest) return item;
+    }
   }
 };
 

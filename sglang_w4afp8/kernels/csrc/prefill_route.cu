@@ -90,7 +90,7 @@ __device__ void quantize_rows(const PrefillRouteParams& p, int first, float* ama
     __syncthreads();
     const int warps = kRowThreads / 32;
     for (int w = 0; w < warps; ++w) amax = fmaxf(amax, amaxes[tid / kRowThreads * warps + w]);
-    scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+    scale = row_scale(amax);
   }
   if (!here) return;
   if (at == 0) p.x_scale[token] = scale;

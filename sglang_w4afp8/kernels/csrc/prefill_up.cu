@@ -2,20 +2,17 @@
 //
 // See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see
 // q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a tile
-// quantises its rows (W4_DYNAMIC=1, prefill_inner.cuh).
+// quantises its rows, with its next item (W4_DYNAMIC=1, prefill_inner.cuh).
 #include "prefill.cuh"
 #include "prefill_inner.cuh"
 #include "prefill_listed.cuh"
-#include "units.cuh"
 
 constexpr bool kDynamic = W4_DYNAMIC != 0;
-// Whether the last items may be halves. With per-token scales who completes a tile quantises its
-// rows, and counts whole items.
-constexpr bool kHalved = W4_DYNAMIC == 0 && kCluster == 1;
+constexpr bool kHalved = kCluster == 1;  // whether the last items may be halves
 constexpr u32 kOutPanel = W4_PANEL;         // columns of a panel of q; 0: rows are whole
 constexpr int kFeatures = kPerWg * 32;      // of a warpgroup
 constexpr int kPitch = kFeatures + 16;      // bytes of a token's row while results are gathered
-constexpr int kGatherBytes = kTokens * kPitch;
+constexpr int kGatherBytes = kDynamic ? 16 : kTokens * kPitch;
 
 struct PrefillUpParams {
   Weights weights;
@@ -30,7 +27,7 @@ struct PrefillUpParams {
   float* q_row_scale;    // dynamic: (M * top_k)
   float* inner;          // dynamic: (M * top_k, inner) before quantisation
   u32* claimed;          // zero before
-  u32* tile_count;       // dynamic: (lists, max_tiles), zero before
+  u32* tile_count;       // dynamic: (lists, max_tiles) columns of blocks, zero before
   u32* arrived;          // route's counter, done with
   int top_k, lists, list_pairs, max_tiles, ring;
   int q_rows;
@@ -165,6 +162,14 @@ struct WayOf<true> {
 };
 using Way = WayOf<kSorted>::type;
 
+// Without a branch: between those the compiler has fewer registers for sums.
+__device__ __forceinline__ void store_if(bool wanted, float* to, float value) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(
+                   static_cast<u32>(wanted)),
+               "l"(to), "f"(value)
+               : "memory");
+}
+
 struct UpBody {
   const PrefillUpParams& p;
   const Ring& ring;
@@ -186,7 +191,8 @@ struct UpBody {
   __device__ __forceinline__ void run() {
     float acc[kPerWg][kN / 2];
     multiply<kN>(acc, p.weights.k / kStageK, ring, place, !kSorted || *p.total > p.room);
-    const int thread = threadIdx.x & 127, wg = threadIdx.x >> 7, lane = threadIdx.x & 31;
+    const int number = kDynamic ? read_thread() : threadIdx.x;
+    const int thread = number & 127, wg = number >> 7, lane = number & 31;
     const int width = p.weights.rows / 2;
     const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
     const int row_tile = (item().block * kWgs + wg) * kPerWg;
@@ -195,25 +201,19 @@ struct UpBody {
     const float b_scale = __uint_as_float(lds32(smem_address(&b_factor)));
     const float q_scale = __uint_as_float(lds32(smem_address(&q_divisor)));
     const float q_inverse = __frcp_rn(q_scale);
-    const Columns columns{gather};
-    if constexpr (kDynamic) {
-      columns.read(p, first_column, item().count);
-      named_sync(1 + wg, 128);
-    }
+    const Column* columns = kDynamic ? wait_columns(place.number()) : nullptr;
 #pragma unroll
     for (int i = 0; i < kN / 2; i += 4) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int c = i * 2 + (lane & 3) * 2 + e;
         if constexpr (kDynamic) {
-          if (c >= item().count) continue;
-          const int pair = columns.pair(c);
-          const float scale = columns.scale(c);
+          const Column column = columns[c];
+          float* to = p.inner + static_cast<long long>(column.pair) * width + row_tile * 32 + f;
 #pragma unroll
           for (int t = 0; t < kPerWg; ++t) {
-            if (t >= tiles) continue;
-            p.inner[static_cast<u64>(pair) * width + (row_tile + t) * 32 + f] =
-                silu_mul_fast(acc[t][i + e] * scale, acc[t][i + e + 2] * scale);
+            store_if(column.pair >= 0 && t < tiles, to + t * 32,
+                     silu_mul_fast(acc[t][i + e] * column.scale, acc[t][i + e + 2] * column.scale));
           }
         } else {
 #pragma unroll
@@ -240,13 +240,13 @@ struct UpBody {
     named_sync(1 + wg, 128);
   }
 
-  // With per-token scales, all warpgroups, after run(): who completes a tile quantises its rows.
-  __device__ __forceinline__ void finish_tile() {
-    const int blocks = (p.weights.rows / 64 + kRowTiles - 1) / kRowTiles;
-    if (!last_block(p.tile_count + item().tile, blocks)) return;
-    const u64 first_column = static_cast<u64>(item().list) * p.list_pairs + item().first;
+  // With per-token scales, all warpgroups: rows of the tile that is complete, if there is one.
+  __device__ __forceinline__ void quantize_complete() {
+    const Complete tile = complete[place.number() % kQueue];
+    if (uniform(tile.count) == 0) return;
     quantize_tile<kRowsHeld>(
-        p, p.columns + first_column, item().count, [&](int c) { return row_of(first_column, c); },
+        p, p.columns + tile.first_column, tile.count,
+        [&](int c) { return row_of(tile.first_column, c); },
         [&](int row, int i, u32 four) { *reinterpret_cast<u32*>(q_piece(p, row, i)) = four; });
   }
 };
@@ -258,6 +258,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
     w4a8_prefill_up(const __grid_constant__ PrefillUpParams p) {
   extern __shared__ __align__(128) u8 shared[];
   __shared__ __align__(16) u8 gather[kWgs][kGatherBytes];
+  if (kDynamic && threadIdx.x == 0) make_columns();
   const Ring ring = make_ring(shared, p.ring, 0);
   pdl_wait();
   pdl_trigger();
@@ -270,15 +271,24 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   if (threadIdx.x >= kConsumers) {
     give_registers();
     const int warp = (threadIdx.x - kConsumers) >> 5;
-    const bool listed = kSorted && *p.total <= p.room;
+    const int total = kSorted ? *p.total : 0;
+    const bool listed = kSorted && total <= p.room;
     if (warp == 1) {
-      if ((threadIdx.x & 31) != 0) return;
+      if (!kDynamic && (threadIdx.x & 31) != 0) return;
       Order order = Order::of(p);
-      claim(queue, ring, p.claimed, [&](u32 number) { return order.item(number); });
+      auto describe = [&](u32 number) { return order.item(number); };
+      if constexpr (kDynamic) {
+        Written written = Written::of(p.listed, total);  // and their scales with them
+        claim_and_count(p, queue, ring, order.blocks(), describe, [&](const Item& item) {
+          if (listed) written.wait(item.first + item.count);
+        });
+      } else {
+        claim(queue, ring, p.claimed, describe);
+      }
     } else if (listed) {
       if constexpr (kSorted) {
         if (warp == 0) {
-          const Written written = Written::of(p.listed, *p.total);
+          const Written written = Written::of(p.listed, total);
           produce_stages(p.weights, queue, ring, BlockRows{p.b, p.weights.k, written});
         } else {
           write_beside(p, warp - 2);
@@ -302,16 +312,15 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   for (;;) {
     Reader reader{body.place.number()};
     const Item& item = reader.wait(queue, ring);
+    if constexpr (kDynamic) body.quantize_complete();
     const int kind = uniform(item.kind);
     if (kind == kEnd) break;
     const bool idle = kSorted && (item.block * kWgs + (threadIdx.x >> 7)) * 64 >= p.weights.rows;
     if (uniform(item.count == 0 || idle)) {
-      pass(p.weights.k / kStageK, ring, body.place, kSorted && *p.total > p.room);
+      const int stages = kDynamic && kind == kRest ? 0 : p.weights.k / kStageK;
+      pass(stages, ring, body.place, kSorted && *p.total > p.room);
     } else {
       with_columns(item.count, body);
-    }
-    if constexpr (kDynamic) {
-      if (uniform(body.item().count) > 0) body.finish_tile();
     }
     Reader{body.place.number()}.release(ring);
     body.place.next_item();

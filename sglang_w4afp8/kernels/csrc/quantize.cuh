@@ -22,7 +22,7 @@ __device__ void quantize_token(const Params& p, int token, float* amaxes) {
     if ((tid & 31) == 0) amaxes[tid >> 5] = amax;
     __syncthreads();
     for (int w = 0; w < kWarps; ++w) amax = fmaxf(amax, amaxes[w]);
-    scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+    scale = row_scale(amax);
   }
   if (tid == 0) p.x_scale[token] = scale;
   u8* out = p.xq + static_cast<u64>(token) * p.hidden;

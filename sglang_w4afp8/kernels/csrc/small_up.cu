@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_tokens(const SmallUpParams& p, u8* tokens, 
     if (tid < p.batch.tokens) {
       float amax = 0.0f;
       for (int w = 0; w < kConsumers / 32; ++w) amax = fmaxf(amax, amaxes[tid][w]);
-      scales[tid] = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+      scales[tid] = row_scale(amax);
     }
     named_sync(3, kConsumers);
   }

@@ -24,7 +24,7 @@ __device__ __forceinline__ float quantize_row(const float* row, int width, Store
     amax = fmaxf(amax, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
   }
   for (int d = 16; d; d >>= 1) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-  const float scale = amax > 0.0f ? __fdiv_rn(amax, kFp8Max) : 1.0f;
+  const float scale = row_scale(amax);
   for (int i = lane * 4; i < width; i += 128) {
     const float4 v = __ldcg(reinterpret_cast<const float4*>(row + i));
     store(i, pack_e4m3(__fdiv_rn(v.x, scale), __fdiv_rn(v.y, scale)) |

@@ -123,8 +123,7 @@ def _cluster(layer: Layer, tokens: int, sms: int) -> int:
     one_block = layer.up.rows == CLUSTER_ROWS and sms % CLUSTER == 0
     least, most = (pairs * layer.experts for pairs in CLUSTER_PAIRS)
     several = least <= tokens * layer.top_k < most
-    # With scales of tokens, sums of 128 columns leave too few registers.
-    return CLUSTER if one_block and several and not layer.dynamic else 1
+    return CLUSTER if one_block and several else 1
 
 
 def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
