@@ -44,6 +44,7 @@ def test_every_row_and_column_of_a_tile_is_quantised_once(width: int) -> None:
         if count > c["kTokens"]:
             continue
         at = scope | {"count": count}
+        at["each"] = c_value(c_find(INNER, within, "each"), at) if rows else 0
         done: list[int] = []
         for warp in range(scope["kWarps"]):
             if rows == 0:
@@ -56,6 +57,7 @@ def test_every_row_and_column_of_a_tile_is_quantised_once(width: int) -> None:
             for first in range(begin, count, step):
                 here = c_value(c_find(INNER, held, "rows"), at | {"begin": first})
                 assert 0 < here <= rows <= 32  # lanes fetch the pairs of so many
+                assert here <= -(-count // scope["kWarps"]), "other warps have less to do"
                 done += range(first, first + here)
         assert sorted(done) == list(range(count))
     if rows == 0:

@@ -121,8 +121,9 @@ __device__ __forceinline__ void quantize_tile(const Params& p, const int* pairs,
       if (lane == 0) p.q_row_scale[pair] = scale;
     }
   } else {
-    for (int begin = warp * kRows; begin < count; begin += kWarps * kRows) {
-      const int rows = min(kRows, count - begin);
+    const int each = min(kRows, (count + kWarps - 1) / kWarps);  // of a warp at once
+    for (int begin = warp * each; begin < count; begin += kWarps * each) {
+      const int rows = min(each, count - begin);
       int pair_of = 0, row_here = 0;
       if (lane < rows) pair_of = pairs[begin + lane], row_here = row_of(begin + lane);
       float4 v[kRows][kVectors];
