@@ -51,6 +51,17 @@ def test_slices_and_room(
             assert torch.equal(out, again), f"{tokens}: two runs differ"
 
 
+def check(case: moe.Case, tokens: int, kind: str) -> None:
+    """Two calls against the oracle, and against each other."""
+    weights = moe.random_weights(case)
+    x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
+    route = moe.routing(case, tokens, kind, tokens)
+    shuffled = moe.stage_order(case, weights)
+    out = moe.call(case, shuffled, x, *route, "prefill")
+    assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
+    assert torch.equal(out, moe.call(case, shuffled, x, *route, "prefill")), "two runs differ"
+
+
 @pytest.mark.parametrize(
     ("hidden", "inner", "tokens", "slice_bytes", "room"),
     [
@@ -85,27 +96,37 @@ def test_a_few_items_for_each_cta(
     assert clusters == (inner == 128 and tokens == 200)
     if hidden < 7168 and sms == 132:
         assert plan.jobs is not None and plan.jobs.shares % plan.jobs.shared != 0
-    weights = moe.random_weights(case)
-    x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
-    route = moe.routing(case, tokens, "holes", tokens)
-    shuffled = moe.stage_order(case, weights)
-    out = moe.call(case, shuffled, x, *route, "prefill")
-    assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
-    assert torch.equal(out, moe.call(case, shuffled, x, *route, "prefill")), "two runs differ"
+    check(case, tokens, "holes")
 
 
-@pytest.mark.parametrize("inner", [64, 192, 704, 1408, 2048, 2112])
-@pytest.mark.parametrize("tokens", [300])
-def test_few_items_with_rows_of_any_width(inner: int, tokens: int) -> None:
+@pytest.mark.parametrize("inner", [64, 192, 704, 1408, 2048, 2112, 4160])
+def test_few_items_with_rows_of_any_width(inner: int) -> None:
     """With per-token scales rows of each width are quantised in their own way, the widest ones
     without registers to hold them.
     """
     group = 128 if inner % 128 == 0 else 64
     case = moe.Case(experts=6, hidden=1024, inner=inner, inner_group=group, top_k=4, dynamic=True)
-    weights = moe.random_weights(case)
-    x = torch.randn(tokens, case.hidden, device="cuda").bfloat16()
-    route = moe.routing(case, tokens, "holes", tokens)
-    shuffled = moe.stage_order(case, weights)
-    out = moe.call(case, shuffled, x, *route, "prefill")
-    assert moe.error(out, moe.oracle(case, weights, x, *route)) < moe.TOLERANCE
-    assert torch.equal(out, moe.call(case, shuffled, x, *route, "prefill")), "two runs differ"
+    check(case, 300, "holes")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["uniform", "holes"])
+def test_clusters_with_many_items(kind: str, dynamic: bool) -> None:
+    """Slots are used again and again, by tiles with and without a partner that has tokens."""
+    tokens = 8192
+    case = moe.Case(experts=256, hidden=128, inner=128, top_k=4, dynamic=dynamic)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    _, up, _ = plan_prefill.plan_prefill(case.layer, tokens, sms).launches
+    assert dict(up.kernel.defines).get("W4_CLUSTER") == 2
+    check(case, tokens, kind)
+
+
+@pytest.mark.parametrize("inner", [256, 128])
+def test_per_token_scales_with_several_lists(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of each list are counted on their own."""
+    monkeypatch.setattr(plan_prefill, "UP_LIST_PAIRS", 1024)
+    case = moe.Case(experts=8, hidden=512, inner=inner, top_k=4, dynamic=True)
+    tokens = 2000
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    assert plan_prefill.plan_prefill(case.layer, tokens, sms).up.count > 1
+    check(case, tokens, "holes")

@@ -59,8 +59,9 @@ def test_prefill_results_have_their_own_tables(
             "spread_us": 1.0, "gb_s": 9.0, "tflops": 5.0, "roofline_us": us / 4, "extra_mb": m / 2,
         }  # fmt: skip
 
-    def write(name: str, *rows: dict[str, object]) -> None:
-        (tmp_path / name).write_text(json.dumps({"device": "NVIDIA H100", "rows": rows}))
+    def write(name: str, *rows: dict[str, object], scheme: str = "static") -> None:
+        text = {"device": "NVIDIA H100", "scheme": scheme, "rows": rows}
+        (tmp_path / name).write_text(json.dumps(text))
 
     monkeypatch.setattr(script, "RESULTS", tmp_path)
     for make in (script.memory_table, script.skew_table, script.TABLES["prefill"][1]):
@@ -76,7 +77,8 @@ def test_prefill_results_have_their_own_tables(
         {"shape": "r1-tp8", "provider": "deepgemm", "m": 4096, "reason": "out of memory"},
     )
     skewed = [row("ours", 4096, us, name) for name, us in (("zipf", 880.0), ("uniform", 800.0))]
-    write("moe-h100-prefill-skewed.json", *skewed)
+    write("moe-h100-prefill-skewed.json", *skewed, row("humming", 4096, 990.0, "zipf"))
+    write("moe-h100-prefill-dynamic.json", row("ours", 4096, 710.0), scheme="dynamic_per_token")
     tables = {
         name: script.TABLES[name][1]()
         for name in script.TABLES
@@ -88,6 +90,8 @@ def test_prefill_results_have_their_own_tables(
     assert "| r1-tp8 | uniform | 4096 | 700.0 | 900.0 (2.00×) |" in tables["prefill-peers"]
     assert "800.0" not in tables["prefill-peers"] and "880.0" in tables["prefill-peers"]
     assert "deepgemm" not in tables["prefill-peers"]
+    assert "| H100 | r1-tp8, per token | uniform | 4096 | 710.0 |" in tables["prefill"]
+    assert "710.0" not in tables["prefill-peers"], "nothing to compare it with"
     assert "| r1-tp8 | uniform | 4096 | 2048 | 2048 |" in tables["prefill-memory"]
     assert "256" not in tables["prefill-memory"]
     assert "| r1-tp8 | zipf | 4096 | 1.10× |" in tables["prefill-skew"]

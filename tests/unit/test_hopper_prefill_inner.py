@@ -17,7 +17,7 @@ from sglang_w4afp8.kernels.hopper.plan import CTA_SHARED_BYTES, Layer
 from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
 
 UP, INNER = "prefill_up.cu", "prefill_inner.cuh"
-WIDTHS = (64, 128, 192, 256, 320, 512, 704, 1408, 2048, 2112, 4096)
+WIDTHS = (64, 128, 192, 256, 320, 512, 704, 1408, 2048, 2112, 4096, 4160)
 
 
 def up_constants(width: int) -> tuple[dict[str, Any], Any]:
@@ -85,6 +85,12 @@ def test_what_columns_are_has_room_beside_the_ring(width: int) -> None:
     fetched = c_text(INNER)[c_text(INNER).index("void claim_and_count(") :]
     assert "for (int c = lane; c < kTokens; c += 32)" in fetched
     assert "const int pair = c < item.count ? pairs[c] : -1;" in fetched
+    assert "pair < 0 ? 0.0f : __ldcg(p.b_scale + pair / p.top_k) * 512.0f;" in fetched
+    at = {"p": SimpleNamespace(columns=0, list_pairs=10_000)}
+    at["item"] = SimpleNamespace(list=3, first=77)
+    assert c_value(c_find(INNER, ("void claim_and_count(",), "pairs"), at) == 30_077
+    to = "p.inner + static_cast<long long>(column.pair) * width + row_tile * 32 + f;"
+    assert to in c_text(UP)
     assert "store_if(column.pair >= 0 && t < tiles," in c_text(UP)
 
 
@@ -140,18 +146,27 @@ def test_rows_are_quantised_once_when_all_of_their_products_are_there(
     there, counted, quantised = [0] * len(counts), [0] * len(counts), [0] * len(counts)
     taken, rest, end = 0, ("rest", -1, -1, 0), ("end", -1, -1, 0)
 
+    within = ("Complete count_columns(",)
+    texts = [c_find(INNER, within, "here"), c_find(INNER, (*within, "*count = 0"), "return")]
+    texts[1] = texts[1].removeprefix("Complete{").removesuffix("}")
+
     def counts_in(cta: Cta, number: int) -> int | None:
         """``count_columns`` of an item that is released."""
-        kind, tile, _, count = cta.items[number]
+        kind, number_of, _, count = cta.items[number]
         if count == 0:
             return None
         assert kind == "matrix"
-        before, counted[tile] = counted[tile], counted[tile] + count
-        scope = {"before": before, "here": count, "blocks": blocks, "tile_count": counts[tile]}
+        tile = SimpleNamespace(count=counts[number_of], first=1000 * number_of)
+        item = SimpleNamespace(count=count, first=tile.first + tile.count - count, list=2)
+        at = {"item": item, "tile": tile, "p": SimpleNamespace(list_pairs=10**6)}
+        here = c_value(texts[0], at)
+        before, counted[number_of] = counted[number_of], counted[number_of] + here
+        scope = {"before": before, "here": here, "blocks": blocks, "tile_count": tile.count}
         if claiming("atomicAdd(count, here)", scope):
             return None
-        counted[tile] = 0
-        return tile
+        counted[number_of] = 0
+        assert c_value(texts[1], at) == (2 * 10**6 + tile.first, tile.count)
+        return number_of
 
     def claim(cta: Cta) -> None:
         nonlocal taken
@@ -216,6 +231,29 @@ def test_who_claims_publishes_what_comes_with_an_item_before_it() -> None:
     # Scales of tokens that are written beside are waited for, and not read from an old line.
     assert claim.index("ready(item);") < claim.index("__ldcg(p.b_scale + pair / p.top_k)")
     assert "if (listed) written.wait(item.first + item.count);" in c_text(UP)
+    assert "claim_and_count(p, queue, ring, order.blocks(), describe, [&]" in c_text(UP)
+
+
+def test_columns_are_waited_for_by_the_number_of_their_item() -> None:
+    """A phase for each item, with columns or without."""
+    within = ("const Column* wait_columns(",)
+    parity = c_find(INNER, within, "barrier_wait(").split(", ")[1]
+    for number in range(9):
+        at = {"kQueue": 2, "number": number}
+        slot = c_value(c_find(INNER, within, "slot"), at)
+        assert (slot, c_value(parity, at)) == (number % 2, number // 2 % 2)
+    assert c_find(INNER, within, "return") == "columns[slot]"
+    assert "const Column* columns = kDynamic ? wait_columns(place.number()) : nullptr;" in c_text(
+        UP
+    )
+    claim = c_text(INNER)[c_text(INNER).index("void claim_and_count(") :]
+    filled = claim.index("columns[slot][c] = Column{pair, scale};")
+    assert claim[filled:].split("\n")[1:5] == [
+        "      }",
+        "      __syncwarp();",
+        "    }",  # rests, too
+        "    if (kEveryLane || lane == 0) barrier_arrive(smem_address(columns_bars + slot));",
+    ]
 
 
 def test_all_warpgroups_quantise() -> None:
@@ -225,6 +263,10 @@ def test_all_warpgroups_quantise() -> None:
     quantising = loop.index("if constexpr (kDynamic) body.quantize_complete();")
     assert quantising < loop.index("if (kind == kEnd) break;") < loop.index("const bool idle")
     assert "kDynamic && kind == kRest ? 0 : p.weights.k / kStageK" in loop
+    body = c_text(UP)[c_text(UP).index("void quantize_complete()") :]
+    assert "const Complete tile = complete[place.number() % kQueue];" in body
+    assert "p, p.columns + tile.first_column, tile.count," in body
+    assert "[&](int c) { return row_of(tile.first_column, c); }," in body
     # Others do not see items without stages.
     ring = " ".join(c_text("prefill_ring.cuh").split())
     assert "release(ring, times); if (item.kind != kRest) return item;" in ring

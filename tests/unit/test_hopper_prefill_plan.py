@@ -53,6 +53,8 @@ def kernel_bytes(source: str, c: dict[str, Any], ring: int) -> tuple[int, int]:
     static = 32 * c["kQueue"]  # struct Item
     if source != "prefill_down.cu":
         static += c["kWgs"] * (c["kGatherBytes"] + 4)
+    if c.get("kInner", 0) > 0:
+        static += c["kSlots"] * (c["kTokens"] * 8 + 16 + 8)  # columns, complete, barriers
     more = {"Tables": SimpleNamespace(bytes=lambda: c_value(TABLE_BYTES, c))}
     extra = c_value(c_find(source, ("w4a8_prefill",), "make_ring("), c | MAKE_RING | more)[2]
     barriers = ring * c["kBars"] + c["kQueue"] * 16

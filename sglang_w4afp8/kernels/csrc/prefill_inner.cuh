@@ -1,6 +1,6 @@
 // Of prefill_up.cu with per-token scales: what a tile's columns are scaled by; its rows of products
 // to FP8, by their own amax, when all of them are there. The warp that claims items does what waits
-// for memory: those that multiply have no barrier and no fence for it.
+// for memory: those that multiply have no fence and no barrier of their own for it.
 #pragma once
 #include "prefill.cuh"
 #include "units.cuh"
@@ -69,6 +69,7 @@ __device__ __forceinline__ void claim_and_count(const Params& p, Queue& queue, c
     const int slot = i % kQueue;
     const u32 bar = ring.queue_bars + slot * 16;
     barrier_wait(bar + 8, ((i / kQueue) & 1) ^ 1);
+    __syncwarp();  // a lane that fell a round behind could not tell the phases apart
     Item& item = queue.item[slot];
     if (lane == 0) {
       const Complete tile = i < kQueue ? Complete{} : count_columns(p, item, blocks);
@@ -99,11 +100,12 @@ __device__ __forceinline__ void claim_and_count(const Params& p, Queue& queue, c
   }
 }
 
-// Rows that a warp has in registers at once, 128 numbers of each lane in all: memory is far away,
-// and whoever has the last part of a tile is waited for.
+// Rows that a warp has in registers at once, 128 numbers of each lane in all, or 64: memory is far
+// away, and whoever has the last part of a tile is waited for. With short groups two row tiles leave
+// the loops over K no registers for more.
 constexpr int kVectors = kInner > 0 ? (kInner + 127) / 128 : 1;  // float4 of a lane and row
-constexpr int kHeld = 32;
-constexpr int kRowsHeld = kVectors < 2 ? 16 : kHeld / kVectors;  // 0: a row is too wide
+constexpr int kHeld = kGroup < 128 && kPerWg == 2 ? 16 : 32;
+constexpr int kRowsHeld = kVectors < 2 ? kHeld / 2 : kHeld / kVectors;  // 0: a row is too wide
 
 // All warpgroups of a CTA: rows of the `count` pairs of a tile, `row_of(c)` for `store(row, i,
 // four)` and the codes of columns i .. i + 3.

@@ -153,6 +153,7 @@ struct Clerk {
       if (posted > items) return;
       const u32 bar = ring.queue_bars + posted % kQueue * 16;
       barrier_wait(bar + 8, (posted / kQueue & 1) ^ 1);
+      __syncwarp();  // a lane that fell a round behind could not tell the phases apart
       if (lane() == 0) {
         queue.item[posted % kQueue] = order.item(atomicAdd(p.claimed, 1u));
         barrier_arrive(bar);

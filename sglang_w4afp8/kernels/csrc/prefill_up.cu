@@ -2,7 +2,7 @@
 //
 // See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see
 // q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a tile
-// quantises its rows, with its next item (W4_DYNAMIC=1, prefill_inner.cuh).
+// quantises its rows before its next item (W4_DYNAMIC=1, prefill_inner.cuh).
 #include "prefill.cuh"
 #include "prefill_inner.cuh"
 #include "prefill_listed.cuh"

@@ -156,7 +156,7 @@ def _own_up(layer: Layer, sms: int, cluster: int, panel: int) -> Launch:
     row_tiles = shape.rows // ROW_TILE
     # Two row tiles a warpgroup, unless a quarter or more of the last block would be empty.
     per_wg = 2 if row_tiles % 4 == 0 or row_tiles > 12 else 1
-    static = 2 * TILE_TOKENS * (per_wg * 32 + 16) + 1024  # rows of features are gathered
+    static = 2 * TILE_TOKENS * (per_wg * 32 + 16) + 1024  # static scales: rows of features
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES
     room = CTA_SHARED_BYTES - static - fixed
     ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, TILE_TOKENS, room)
