@@ -309,7 +309,7 @@ __device__ __forceinline__ float largest8(float amax, uint4 v) {
   return amax;
 }
 // What a row with this amax is divided by. A normal number, so that a Divisor has it: rows of
-// denormal numbers would otherwise be divided by zero.
+// denormal numbers would otherwise be divided by zero, or by what has no finite reciprocal.
 __device__ __forceinline__ float row_scale(float amax) {
   return amax > 0.0f ? fmaxf(__fdiv_rn(amax, kFp8Max), 0x1p-126f) : 1.0f;
 }
