@@ -111,7 +111,7 @@ class Cta:
     def __init__(self) -> None:
         self.items: list[tuple[str, int, int, int]] = []  # kind, tile, block, columns
         self.complete: list[int | None] = []
-        self.released = self.claimed = self.rests = 0
+        self.released = self.rests = 0
         self.ended = False
 
 
@@ -243,9 +243,7 @@ def test_columns_are_waited_for_by_the_number_of_their_item() -> None:
         slot = c_value(c_find(INNER, within, "slot"), at)
         assert (slot, c_value(parity, at)) == (number % 2, number // 2 % 2)
     assert c_find(INNER, within, "return") == "columns[slot]"
-    assert "const Column* columns = kDynamic ? wait_columns(place.number()) : nullptr;" in c_text(
-        UP
-    )
+    assert "columns = kDynamic ? wait_columns(place.number()) : nullptr;" in c_text(UP)
     claim = c_text(INNER)[c_text(INNER).index("void claim_and_count(") :]
     filled = claim.index("columns[slot][c] = Column{pair, scale};")
     assert claim[filled:].split("\n")[1:5] == [
