@@ -95,7 +95,15 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
     return coming;
   };
   Coming now = fetch(false);
+  constexpr int kColumnsOfLane = (kColumns + 31) / 32;
   while (now.here >= 0) {
+    // Asked for before anything is waited for: a column's pair came while the step before was made.
+    float scale[kColumnsOfLane];
+#pragma unroll
+    for (int i = 0; i < kColumnsOfLane; ++i) {
+      scale[i] = b_scale;
+      if (kDynamic && lane + i * 32 < now.here) scale[i] = __ldcg(p.b_scale + now.column[i].pair);
+    }
     const Coming then = fetch(true);
     const u32 slot = now.number % kTokenSlots, full = s.tokens_full(slot);
     barrier_wait(s.tokens_empty(slot), (now.number / kTokenSlots & 1) ^ 1);
@@ -107,7 +115,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
                 now.here * kPanel, full);
     }
 #pragma unroll
-    for (int i = 0; i < (kColumns + 31) / 32; ++i) {
+    for (int i = 0; i < kColumnsOfLane; ++i) {
       if (i > 0 && now.here <= i * 32) break;  // nobody reads these
       const Column& column = now.column[i];
       // Lanes of the warps that add have other sums where there is no pair.
@@ -117,8 +125,7 @@ __device__ __forceinline__ void produce_tokens(const PrefillOwnParams& p, const 
         const u32 local = column.pair - now.base;
         const u32 t = p.top_k == 1 ? local : __umulhi(local, inverse_top_k);
         at = s.sums + sum_offset(t);
-        weight = column.weight * (kDynamic ? p.b_scale[column.pair] : b_scale) *
-                 scaling(load_exponent(now.exponents + t)) * without_unit;
+        weight = column.weight * scale[i] * scaling(load_exponent(now.exponents + t)) * without_unit;
       }
       if (lane + i * 32 < kColumns) {
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(
