@@ -5,11 +5,15 @@
 With ``--parts``, one launch is repeated with all arguments of a completed call, without the others
 around it and without early start, so parts add up to more than the layer. Launches of ``prefill``
 count items that their predecessors reset: there, the first one, two and three are timed together.
+
+With ``--rows received`` or ``e4m3`` a call has those of its tokens that have an expert here, as a
+dispatcher sends them, in BF16, or in E4M3 with a scale per 128 columns; M still counts all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +25,10 @@ import torch
 from sglang_w4afp8.kernels.hopper import launch
 from sglang_w4afp8.kernels.hopper.layout import shuffle_in_place
 from sglang_w4afp8.kernels.hopper.plan import Layer, Plan
+from sglang_w4afp8.kernels.hopper.plan_prefill import takes_row_scales
+from sglang_w4afp8.reference import moe_reference
 from sglang_w4afp8.spec import ActivationScheme
+from sglang_w4afp8.testing.dispatch import quantize_rows
 from sglang_w4afp8.tools import bench_moe
 from sglang_w4afp8.tools.bench import environment
 
@@ -61,18 +68,28 @@ def _measure(
     weights, wanted = [], []
     count = bench_moe.call_count(shape, tokens)
     calls = bench_moe.random_calls(shape, tokens, "uniform", count, seed=tokens)
+    if options.rows != "all":
+        calls = [_received(call) for call in calls]
+        if not all(len(call.x) for call in calls):
+            raise SystemExit(f"no token of some call of {tokens} has an expert here: ask for more")
+    if options.rows == "e4m3" and (path not in _E4M3_PATHS or not takes_row_scales(layer)):
+        raise SystemExit(f"{shape.name}: E4M3 rows cannot take the path {path}")
+    scaled = [quantize_rows(c.x) if options.rows == "e4m3" else (c.x, None) for c in calls]
+    calls = [replace(call, x=x) for call, (x, _) in zip(calls, scaled, strict=True)]
     for seed in range(2):
-        loaded = _weights(shape, scheme, seed)
-        wanted.append(bench_moe.oracle(loaded[0], calls[seed], scheme))
+        loaded, call = _weights(shape, scheme, seed), calls[seed]
+        routing = (call.topk_weights, call.topk_ids)
+        x_scale = scaled[seed][1]
+        wanted.append(moe_reference(call.x, loaded[0], *routing, scheme=scheme, x_scale=x_scale))
         weights.append(loaded[1])
     work, outs = [], []
     for number, call in enumerate(calls):
         w = weights[number % 2]
         tensors = launch.Tensors(
             call.x, call.topk_weights, call.topk_ids, w.w13, w.w13_scale, w.w2, w.w2_scale,
-            w.w13_input_scale, w.w2_input_scale, w.state,
+            w.w13_input_scale, w.w2_input_scale, w.state, scaled[number][1],
         )  # fmt: skip
-        outs.append(torch.full_like(call.x, float("nan")))
+        outs.append(torch.full(call.x.shape, float("nan"), device="cuda").bfloat16())
         work.append(launch.launches(layer, tensors, outs[-1], 1.0, path, tune))
     device = calls[0].x.device
 
@@ -83,7 +100,8 @@ def _measure(
     whole(False)
     error = max(bench_moe.errors(outs[i], wanted[i])[0] for i in range(2))
     row: dict[str, Any] = {"shape": shape.name, "m": tokens, "path": path, "error": error}
-    row |= {"dynamic": dynamic, "tune": " ".join(options.tune)}
+    row |= {"dynamic": dynamic, "tune": " ".join(options.tune), "rows": options.rows}
+    row["received"] = round(sum(len(call.x) for call in calls) / count)
     if not error < 1e-2:
         return row
     row["layer_us"] = _median(lambda: whole(False), count)
@@ -97,6 +115,15 @@ def _measure(
             count,
         )
     return row
+
+
+_E4M3_PATHS = ("large", "prefill")
+
+
+def _received(call: bench_moe.Call) -> bench_moe.Call:
+    """Its tokens that have an expert here."""
+    here = (call.topk_ids >= 0).any(dim=-1)
+    return bench_moe.Call(call.x[here], call.topk_weights[here], call.topk_ids[here])
 
 
 def _median(body: Any, count: int) -> float:
@@ -127,33 +154,34 @@ def main() -> None:
     paths = ["small", "medium", "large", "prefill"]
     parser.add_argument("--path", nargs="+", choices=paths, default=paths[:3])
     parser.add_argument("--dynamic", action="store_true")
+    parser.add_argument("--rows", nargs="+", choices=["all", "received", "e4m3"], default=["all"])
     parser.add_argument("--tune", nargs="*", default=[], help="see _tuned")
     parser.add_argument("--parts", action="store_true", help="time each launch alone, too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", help="of this package; asked from git by default")
     options = parser.parse_args()
+    wishes = itertools.product(options.shape, options.tokens, options.rows, options.path)
     rows = []
-    for name in options.shape:
-        for tokens in options.tokens:
-            for path in options.path:
-                if path == "small" and tokens > 16:
-                    continue
-                row = _measure(bench_moe.SHAPES[name], tokens, path, options)
-                rows.append(row)
-                print(
-                    " ".join(
-                        f"{k}={v:.3g}"
-                        if k == "error"
-                        else f"{k}={v:.1f}"
-                        if isinstance(v, float)
-                        else f"{k}={v}"
-                        for k, v in row.items()
-                    ),
-                    flush=True,
-                )
-                if options.json:
-                    text = {**environment(options.commit), "rows": rows}
-                    options.json.write_text(json.dumps(text, indent=1) + "\n")
+    for name, tokens, kind, path in wishes:
+        if path == "small" and tokens > 16:
+            continue
+        options.rows = kind
+        row = _measure(bench_moe.SHAPES[name], tokens, path, options)
+        rows.append(row)
+        print(
+            " ".join(
+                f"{k}={v:.3g}"
+                if k == "error"
+                else f"{k}={v:.1f}"
+                if isinstance(v, float)
+                else f"{k}={v}"
+                for k, v in row.items()
+            ),
+            flush=True,
+        )
+        if options.json:
+            text = {**environment(options.commit), "rows": rows}
+            options.json.write_text(json.dumps(text, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from sglang_w4afp8.tools.bench_environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FILTER = ["--kernel-name", "kns=w4a8"]
-FILES = ["tests/gpu/test_hopper_moe.py", "tests/gpu/test_hopper_prefill.py"]
+FILES = [f"tests/gpu/test_{name}.py" for name in ("hopper_moe", "hopper_prefill", "deepep_prefill")]
 TESTS = [*FILES, "-k", "w2_bit_for_bit or few_items"]
 TOOLS = {"racecheck": ["--racecheck-report", "all"], "memcheck": []}
 EVERY_LANE = ("racecheck",)  # tools for which every lane of a warp arrives

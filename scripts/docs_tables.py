@@ -279,6 +279,31 @@ def l2_table() -> str:
     return "\n".join(lines)
 
 
+def rows_table() -> str:
+    """``dispatched-rows-h100*.json``: layers on what a dispatcher sends, microseconds."""
+    times: dict[tuple[bool, int, int], dict[str, float]] = {}
+    for path in sorted(RESULTS.glob("dispatched-rows-h100*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            cell = times.setdefault((row["dynamic"], row["m"], row["received"]), {})
+            cell[f"{row['rows']} {row['path']}"] = row["layer_us"]
+    if not times:
+        return NOT_MEASURED
+    columns = {
+        "received large": "BF16, `large`",
+        "received prefill": "BF16, `prefill`",
+        "e4m3 large": "E4M3, `large`",
+        "e4m3 prefill": "E4M3, `prefill`",
+    }
+    lines = [
+        "| Scheme | M of all ranks | rows here | " + " | ".join(columns.values()) + " |",
+        "|---|--:|--:|" + "--:|" * len(columns),
+    ]
+    for (dynamic, m, received), cell in sorted(times.items()):
+        found = " | ".join(f"{cell[name]:.1f}" if name in cell else "—" for name in columns)
+        lines.append(f"| {'per token' if dynamic else 'static'} | {m} | {received} | {found} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "cutlass": ("../patches/cover-letter.md", cutlass_table),
     "variables": ("configuration.md", variables_table),
@@ -293,6 +318,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "prefill-humming": ("kernels.md", humming_table),
     "prefill-skew": ("kernels.md", skew_table),
     "prefill-memory": ("kernels.md", memory_table),
+    "rows": ("kernels.md", rows_table),
     "l2": ("kernels.md", l2_table),
     "scaling": ("multi-node.md", scaling_table),
 }

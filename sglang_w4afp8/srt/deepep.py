@@ -44,8 +44,9 @@ def row_dtypes(problem: MoEProblem) -> dict[str, str]:
     """In which form the dispatcher is asked to send rows, as it wants to be told.
 
     E4M3 halves the traffic of decoding, and its scales are finer than any of the activation
-    schemes'. For prefill BF16 is asked for: the kernels for many tokens take no others. Without
-    E4M3 on the card, or where DeepGEMM packs its scales to powers of two (Blackwell), always BF16.
+    schemes'. For prefill BF16 is asked for: the kernels for many tokens are faster with it, and do
+    not take E4M3 with every layer (``takes_row_scales`` of ``plan_prefill``). Without E4M3 on the
+    card, or where DeepGEMM packs its scales to powers of two (Blackwell), always BF16.
 
     Returns:
         SGLang 0.5.16 knows the last key alone and uses it for both modes; 0.5.23 looks for that of

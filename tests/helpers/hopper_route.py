@@ -168,7 +168,7 @@ class Route:
             down do not own outputs there is one list for both, ``up``.
         tiles: of each kind of lists that has tiles.
         header: how many a list has.
-        place: of pairs, their rows and columns of a tile modulo 8; empty where CTAs of down own
+        place: of pairs, their rows and ``ListPlace::column``; empty where CTAs of down own
             outputs.
         total: of pairs, for those who want to know whether there is room; the same.
         rows: ``own.rows``.

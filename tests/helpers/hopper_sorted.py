@@ -56,7 +56,7 @@ def list_tiles(counts: list[int]) -> list[Tile]:
 
 
 def list_columns(counts: list[int]) -> list[int]:
-    """``Place::column`` of all rows of a list whose experts have so many."""
+    """``ListPlace::column`` without the expert, for a list whose experts have so many rows."""
     text = c_find(SORT, ("u32 column = 0", "if (mine[i] >= 0)"), "column")
     columns, first = [], 0
     for tokens in counts:

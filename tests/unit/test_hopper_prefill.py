@@ -111,8 +111,8 @@ def test_every_pair_is_in_one_tile_of_its_expert(
             for at in range(first, first + count):
                 pair = columns[number * list_pairs + at]
                 assert ids[pair] == expert and pair // list_pairs == number
-                if not own:  # and its column of the tile modulo 8
-                    assert found.place[pair] == (at, (at - first) % 8)
+                if not own:  # and its column of the tile modulo 8, with the expert
+                    assert found.place[pair] == (at, (at - first) % 8 + 8 * expert)
                 seen.append(pair)
         assert sorted(seen) == local
         assert len(found.tiles[name]) == sum(found.header[name].values())

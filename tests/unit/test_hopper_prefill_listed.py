@@ -154,7 +154,9 @@ def test_the_simulation_notices(broken: str) -> None:
 def test_route_writes_the_first_rows_once(workers: int) -> None:
     """``serve_list``: a row for each warp."""
     within = "void serve_list("
-    assert "row < rows; row += warps) write_rows<7>(p.sorted.listed, row, 1);" in c_text(ROUTE)
+    text = " ".join(c_text(ROUTE).split())
+    put = "put_rows<kRowScales, 7>(p.sorted.listed, row, 1);"
+    assert f"row < rows; row += warps) {{ {put}" in text
     for total, early in ((5, 1536), (1536, 1536), (3000, 1536), (0, 1536)):
         p = SimpleNamespace(sorted=SimpleNamespace(listed=SimpleNamespace(early=early)))
         seen = []

@@ -32,7 +32,7 @@ for (int left = @left@; left > 0; --left) { #pragma unroll
     const u64 b = panel_descriptor(@b@);
     issue<kN>(products, f, b, group);
     const bool last = @last@;
-    const u32 empty = ring.empty(@empty@);
+    const u32 empty = ring.empty(@empty@), here = @here@;
     if (last) {
       place.advance(ring.size);
       stage = ring.stage(place.slot);
@@ -41,11 +41,14 @@ for (int left = @left@; left > 0; --left) { #pragma unroll
       wait(@half_wait@);
     }
     mma_wait<0>(); ...
-    if (@releases@) release_stage(empty, mine.lane); ...
+    if (@releases@) release_stage(empty, mine.lane);
+    const u32 columns = @columns@; ...
     float (&sums)[kN / 2] = acc[@sums@]; ...
     const int next = @next@, next_half = @next_half@;
     u32 w = @w@; u32 s = @s@; ...
-    if (@loads@) { load_codes(codes, @load@); } else { forget(codes); ...
+    if (@loads@) { load_codes(codes, @load@); } else { forget(codes); ... }
+    add<@rest@>(sums, products, f.scales, columns);
+    if (@releases_late@) release_stage(empty, mine.lane);
 """
 """What :func:`play` follows, with names for what it evaluates."""
 
@@ -123,10 +126,11 @@ def play(c: dict[str, Any], stages: int, ring: int) -> Item:
         for part in range(value("parts", {})):
             assert held is not None, "no codes were asked for"
             scope: dict[str, Any] = {"left": left, "part": part, "stage": stage}
-            for name in ("half", "group", "last", "empty", "next", "next_half"):
+            for name in ("half", "group", "last", "empty", "here", "next", "next_half"):
                 scope[name] = value(name, scope)
             b, sums = value("b", scope), value("sums", scope)
             item.multiply(held, b, scope["group"], sums)
+            of = item.number
             if scope["last"]:
                 item.number += 1
                 place.slot = item.number % ring
@@ -135,13 +139,21 @@ def play(c: dict[str, Any], stages: int, ring: int) -> Item:
                     item.wait(value("next_wait", scope))
             elif value("half_ends", scope):
                 item.wait(value("half_wait", scope))
-            if value("releases", scope):
+
+            def release(scope: dict[str, Any] = scope) -> None:
                 assert scope["empty"] == item.released % ring, "another slot"
                 item.released += 1
+
+            if value("releases", scope):
+                release()
             held = None
             if value("loads", scope):
                 at = scope | {"w": value("w", scope), "s": value("s", scope)}
                 held = item.load(*value("load", at))
+            if c["kRowScales"]:
+                assert item.within(value("columns", scope)) == (of, c["kColumnScalesAt"])
+            if value("releases_late", scope):
+                release()
     assert held is None, "codes of the next item"
     return item
 
@@ -151,10 +163,12 @@ SHAPES = [
     for shape in (
         *product((512, 384, 256, 192, 128, 64), (128, 64, 32), (1, 2), (0,)),
         *product((512, 384, 192, 64), (128, 64, 32), (1,), (1,)),
+        *product((512, 640), (128, 64, 32), (1,), (2,)),
     )
     if shape[0] % shape[1] == 0
 ]
-"""K, group, row tiles of a warpgroup, and whether tokens are in the order of the list."""
+"""K, group, row tiles of a warpgroup, and whether tokens are in the order of the list: 2, and come
+with scales."""
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 7])
@@ -164,8 +178,9 @@ def test_all_parts_are_multiplied_once_with_their_tokens(
 ) -> None:
     shape = StageShape.of(512, k, group, True)
     defines = {"W4_K": shape.stage_k, "W4_TILES": shape.tiles, "W4_GROUP": group}
-    defines |= {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0, "W4_PER_WG": per_wg, "W4_SORTED": in_order}
-    c = c_constants("prefill_up.cu", defines | {"W4_PANEL": 0, "W4_CLUSTER": 1})
+    defines |= {"W4_MINUS_EIGHT": 0, "W4_DYNAMIC": 0, "W4_PER_WG": per_wg, "W4_PANEL": 0}
+    defines |= {"W4_CLUSTER": 1, "W4_SORTED": min(in_order, 1), "W4_ROW_SCALES": in_order // 2}
+    c = c_constants("prefill_up.cu", defines)
     for ring in (2, 3, 5):
         item = play(c, stages, ring)
         halves = range(c["kHalves"])

@@ -101,8 +101,7 @@ def weight_of(
     scope["without_unit"] = in_fp32(FEED, within, "without_unit", scope)
     assert unit * float(scope["without_unit"]) == 1
     scope["column"] = SimpleNamespace(weight=np.float32(weight), pair=0)
-    scope |= {"kDynamic": b_scales is not None, "b_scale": np.float32(b_scale), "t": 0}
-    scope["p"] = SimpleNamespace(b_scale=[np.float32(scale) for scale in b_scales or ()])
+    scope |= {"scale": [np.float32(b_scales[0] if b_scales else b_scale)], "i": 0, "t": 0}
     scope["now"], scope["load_exponent"] = SimpleNamespace(exponents=exponent), int
     scope["scaling"] = lambda exponent: np.float32(scaling(exponent))
     found = in_fp32(FEED, ("void produce_tokens", "__umulhi("), "weight", scope)
@@ -144,6 +143,8 @@ def test_what_is_emulated_is_in_the_source() -> None:
     jobs, feed, kernel = (_text(name) for name in (JOBS, FEED, KERNEL))
     assert "if (size > 0.0f) sum +=" in jobs and "bits < 0x7f800000u" in _text("prefill_route.cu")
     assert '"r"(at), "r"(pack_half(weight, weight))' in feed
+    assert "scale[i] = b_scale; if (kDynamic && lane + i * 32 < now.here) scale[i] = " in feed
+    assert "scale[i] = __ldcg(p.b_scale + now.column[i].pair);" in feed
     assert "part[i][c] * by : v[c] + part[i][c] * by" in kernel
     assert kernel.count("sts32(at[c], fma_halves(more[c], by[c], ") == 2
     assert "fma.rn.f16x2 %0, %1, %2, %3" in _text("primitives.cuh")

@@ -77,16 +77,24 @@ __device__ __forceinline__ void issue(float (&part)[kColumns / 2], const Fragmen
   }
   mma_commit();
 }
-// Adds kCount of them, from kFrom on, times the scales of the fragment's rows.
+// Adds kCount of them, from kFrom on, times the scales of the fragment's rows, and of the columns if
+// these have some for each stage: `columns` is where this thread's first two are.
 template <int kFrom, int kCount, int kAll>
-__device__ __forceinline__ void add(float (&acc)[kAll], const float (&products)[kAll],
-                                    u32 scales) {
+__device__ __forceinline__ void add(float (&acc)[kAll], const float (&products)[kAll], u32 scales,
+                                    u32 columns) {
   const float s0 = bf16_low(scales), s1 = bf16_high(scales);
 #pragma unroll
   for (int c = kFrom; c < kFrom + kCount; c += 4) {
     const float* v = products + c;
     float* to = acc + c;
-    to[0] += v[0] * s0, to[1] += v[1] * s0, to[2] += v[2] * s1, to[3] += v[3] * s1;
+    if constexpr (kRowScales) {
+      const uint2 two = lds64(columns + c * 8);
+      const float t0 = __uint_as_float(two.x), t1 = __uint_as_float(two.y);
+      to[0] += v[0] * t0 * s0, to[1] += v[1] * t1 * s0;
+      to[2] += v[2] * t0 * s1, to[3] += v[3] * t1 * s1;
+    } else {
+      to[0] += v[0] * s0, to[1] += v[1] * s0, to[2] += v[2] * s1, to[3] += v[3] * s1;
+    }
   }
 }
 
@@ -148,7 +156,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       const u64 b = panel_descriptor(stage + half * kTokenBytes);
       issue<kN>(products, f, b, group);
       const bool last = part + 1 == kHalves * kParts;
-      const u32 empty = ring.empty(place.slot);
+      const u32 empty = ring.empty(place.slot), here = stage;
       if (last) {
         place.advance(ring.size);
         stage = ring.stage(place.slot);
@@ -159,11 +167,12 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       mma_wait<0>();
       pin(products);
       const Mine mine = kKeep ? first : Mine::here();
-      if (last) release_stage(empty, mine.lane);
+      if (last && !kRowScales) release_stage(empty, mine.lane);
+      const u32 columns = here + kColumnScalesAt + (mine.lane & 3) * 8;
       // Half of the products are added before codes come, and take their registers.
       constexpr int kFirst = kN / 4 / 4 * 4;
       float (&sums)[kN / 2] = acc[part % kPerWg];
-      add<0, kFirst>(sums, products, f.scales);
+      add<0, kFirst>(sums, products, f.scales, columns);
       const int next = last ? 0 : part + 1, next_half = next / kParts;
       u32 w = stage + next_half * (kK * 32) + mine.codes;
       u32 s = stage + next_half * (kGroups * 128) + mine.scales;
@@ -173,7 +182,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kPerWg][kN / 2], int stage
       } else {
         forget(codes);  // or the last ones would keep their registers
       }
-      add<kFirst, kN / 2 - kFirst>(sums, products, f.scales);
+      add<kFirst, kN / 2 - kFirst>(sums, products, f.scales, columns);
+      if (last && kRowScales) release_stage(empty, mine.lane);
     }
   }
   from = place;

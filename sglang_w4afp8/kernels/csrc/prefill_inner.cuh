@@ -91,8 +91,8 @@ __device__ __forceinline__ void claim_and_count(const Params& p, Queue& queue, c
 #pragma unroll
       for (int c = lane; c < kTokens; c += 32) {
         const int pair = c < item.count ? pairs[c] : -1;
-        const float scale = pair < 0 ? 0.0f : __ldcg(p.b_scale + pair / p.top_k) * 512.0f;
-        columns[slot][c] = Column{pair, scale};
+        const float scale = kRowScales ? 1.0f : pair < 0 ? 0.0f : __ldcg(p.b_scale + pair / p.top_k);
+        columns[slot][c] = Column{pair, scale * 512.0f};
       }
       __syncwarp();
     }

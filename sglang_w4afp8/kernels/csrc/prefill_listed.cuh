@@ -11,12 +11,25 @@
 // Where a pair is in the list.
 struct ListPlace {
   int row;     // -1: not this rank's
-  u32 column;  // of its tile, modulo 8
+  u32 column;  // of its tile, modulo 8, and 8 times the expert
 };
+
+// Of rows that came in E4M3: a scale for each 128 columns, a span. In the order of the list an
+// expert's rows begin at a multiple of 4, as bulk copies do: it has up to 4 more than in the list.
+struct SpanScales {
+  const float* from;  // of token t and span s: number t * of_token + s * of_span
+  float* listed;      // (hidden / 128, rows)
+  int of_token, of_span, rows;
+};
+// Where those of a row of the list are, of an expert whose rows begin `before` rows in front of it.
+__device__ __forceinline__ int span_row(int row, int before, int expert) {
+  return row + ((before - row) & 3) + expert * 4;
+}
 
 // Rows of x in the order of the list.
 struct Listed {
-  const u16* x;            // (M, hidden) bfloat16
+  const u16* x;            // (M, hidden) bfloat16, or E4M3 with W4_ROW_SCALES
+  SpanScales spans;        // of it then
   const float* a_scale;    // (1) static scale, or null: amax of the row / 448
   const int* columns;      // (pairs) of the list
   const ListPlace* place;  // (M, top_k)
@@ -47,7 +60,7 @@ __device__ __forceinline__ void write_rows(const Listed& p, int first, int count
   u32 key_of = 0;
   if (lane < count) {
     const int pair = __ldcg(p.columns + first + lane);
-    const u32 column = load_place(p.place, pair).column;
+    const u32 column = load_place(p.place, pair).column & 7;
     token_of = pair / p.top_k, key_of = (p.panel == 128 ? column : column >> 1) * 16;
   }
   // kRowColumns are kRowColumns / panel panels, kBlockRows rows of a panel each.
@@ -93,8 +106,65 @@ __device__ __forceinline__ void write_rows(const Listed& p, int first, int count
   }
 }
 
+// The same where x came in E4M3, hidden a multiple of 128: codes and scales as they are.
+template <int kTogether>
+__device__ __forceinline__ void copy_rows(const Listed& p, int first, int count) {
+  const int lane = threadIdx.x & 31;
+  int token_of = 0, scale_of = 0;
+  u32 key_of = 0;
+  if (lane < count) {
+    const int pair = __ldcg(p.columns + first + lane), row = first + lane;
+    const ListPlace place = load_place(p.place, pair);
+    const int number = place.column & 7, expert = place.column >> 3;
+    token_of = pair / p.top_k, key_of = number * 16;
+    scale_of = span_row(row, number, expert);
+  }
+  constexpr int kWarpColumns = 512, kStep = kWarpColumns * kBlockRows;
+  const int column = lane * 16, in_panel = column & 127;
+  for (int r = 0; r < count; ++r) {
+    const int token = __shfl_sync(0xffffffffu, token_of, r), row = first + r;
+    const u32 key = __shfl_sync(0xffffffffu, key_of, r);
+    const int scale_row = __shfl_sync(0xffffffffu, scale_of, r);
+    const u8* from =
+        reinterpret_cast<const u8*>(p.x) + static_cast<u64>(token) * p.hidden + column;
+    u8* to = p.xq + static_cast<u64>(row / kBlockRows) * kBlockRows * p.hidden +
+             (column - in_panel) * kBlockRows + row % kBlockRows * 128 + (in_panel ^ key);
+    const float* scales = p.spans.from + token * p.spans.of_token;
+    for (int span = lane; span < p.hidden / 128; span += 32) {
+      p.spans.listed[static_cast<u64>(span) * p.spans.rows + scale_row] =
+          scales[span * p.spans.of_span];
+    }
+#pragma unroll 1
+    for (int left = p.hidden - column; left > 0; left -= kTogether * kWarpColumns) {
+      uint4 v[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (i * kWarpColumns < left) {
+          v[i] = *reinterpret_cast<const uint4*>(from + i * kWarpColumns);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (i * kWarpColumns < left) *reinterpret_cast<uint4*>(to + i * kStep) = v[i];
+      }
+      from += kTogether * kWarpColumns, to += kTogether * kStep;
+    }
+    __syncwarp();
+  }
+}
+
+// Whichever of them is wanted.
+template <bool kCopied, int kTogether>
+__device__ __forceinline__ void put_rows(const Listed& p, int first, int count) {
+  if constexpr (kCopied) {
+    copy_rows<kTogether>(p, first, count);
+  } else {
+    write_rows<kTogether>(p, first, count);
+  }
+}
+
 // A warp: the next unit of `total` rows, until there are none, and `beside()` after each.
-template <class Beside>
+template <bool kCopied, class Beside>
 __device__ __forceinline__ void write_listed(const Listed& p, int total, Beside beside) {
   const int lane = threadIdx.x & 31;
   auto claim = [&] { return lane == 0 ? atomicAdd(p.claimed, 1u) : 0; };
@@ -103,7 +173,7 @@ __device__ __forceinline__ void write_listed(const Listed& p, int total, Beside 
     if (first >= total) return;
     next = claim();
     const int count = min(kUnitRows, total - first);
-    write_rows<4>(p, first, count);
+    put_rows<kCopied, 4>(p, first, count);
     fence_async_proxy_global();
     __syncwarp();
     if (lane == 0) {

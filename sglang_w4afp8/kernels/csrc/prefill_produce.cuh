@@ -69,8 +69,9 @@ struct Copy {
 struct NoRows {
   static constexpr int kCopies = 0, kReads = 1;
   __device__ __forceinline__ void wait(const Item&) const {}
+  __device__ __forceinline__ u32 bytes(const Item&) const { return 0; }
   __device__ __forceinline__ Copy copy(const Item&, int) const { return Copy{nullptr, 0, 0}; }
-  __device__ __forceinline__ u32 next() const { return 0; }
+  __device__ __forceinline__ u32 next(int) const { return 0; }
 };
 
 // One warp: what produce_weights does where each warpgroup has one row tile, and tokens, if `rows`
@@ -109,8 +110,7 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& qu
     Copy tokens[kWithTokens ? Rows::kCopies : 1];
 #pragma unroll
     for (int i = 0; i < Rows::kCopies; ++i) tokens[i] = rows.copy(item, i);
-    const u32 bytes = row_tiles * (kTileBytes + kTileScaleBytes) +
-                      (kWithTokens ? item.count * kStageK : 0);
+    const u32 bytes = row_tiles * (kTileBytes + kTileScaleBytes) + rows.bytes(item);
     for (int step = 0; step < stages; ++step) {
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       if (mine) {
@@ -141,19 +141,26 @@ __device__ __forceinline__ void produce_stages(const Weights& p, const Queue& qu
         codes[t] += next * kTileBytes, scales[t] += next * kTileScaleBytes;
       }
 #pragma unroll
-      for (int i = 0; i < Rows::kCopies; ++i) tokens[i].from += rows.next();
+      for (int i = 0; i < Rows::kCopies; ++i) tokens[i].from += rows.next(i);
       place.advance(ring.size);
     }
   }
 }
 
+// Tokens that have one scale for all columns, or all the same.
+struct NoScales {
+  __device__ __forceinline__ void find(const int*, int) {}
+  __device__ __forceinline__ void copy(u32, int) const {}
+};
+
 // Two warps, `part` 0 and 1: the rows of the item's tokens. `row(pair)` is the number of the row of
 // `b` (k bytes) that a pair reads. A lane's copies arrive at the barrier when they are there, so
 // nobody waits for them here.
-template <class Row>
+template <class Row, class Scales = NoScales>
 __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* columns,
                                                int list_stride, const Queue& queue,
-                                               const Ring& ring, int part, Row row) {
+                                               const Ring& ring, int part, Row row,
+                                               Scales scales = {}) {
   const int lane = threadIdx.x & 31, stages = k / kStageK;
   constexpr int kMine = kTokens / 2 / kRowsAtOnce;
   const int piece = lane % kPieces, first = part * kRowsAtOnce + lane / kPieces;
@@ -171,10 +178,12 @@ __device__ __forceinline__ void produce_tokens(const u8* b, int k, const int* co
       const int c = j * 2 * kRowsAtOnce + first;
       from[j] = c < item.count ? row(list[c]) * (k / 16) : kNoRow;
     }
+    scales.find(list, item.count);
     const u8* at = b + piece * 16;
     for (int step = 0; step < stages; ++step) {
       barrier_wait(ring.empty(place.slot), place.phase ^ 1);
       u32 to = ring.stage(place.slot) + to_lane;
+      scales.copy(ring.stage(place.slot) + kColumnScalesAt, step);
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
 #pragma unroll

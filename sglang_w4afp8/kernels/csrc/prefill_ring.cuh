@@ -7,6 +7,7 @@
 // another's.
 //
 // W4_K, W4_TILES: the cut of the weights (hopper/layout.py). W4_GROUP, W4_MINUS_EIGHT: as ever.
+// W4_SORTED, W4_ROW_SCALES: see below.
 #pragma once
 #include "primitives.cuh"
 
@@ -27,6 +28,11 @@ constexpr int kWgs = 2;  // consumer warpgroups
 #endif
 constexpr bool kSorted = W4_SORTED != 0;
 constexpr int kTokens = kSorted ? 192 : 128;  // most of a tile
+// Whether tokens came in E4M3 with a scale for each 128 columns.
+#ifndef W4_ROW_SCALES
+#define W4_ROW_SCALES 0
+#endif
+constexpr bool kRowScales = W4_ROW_SCALES != 0;
 // A stage of the ring is a stage of the layout: its weights come in one or two large copies, as
 // many small ones do not fill the memory's bandwidth. Tokens come in halves of 128 columns. With
 // tokens in the order of the list a stage of the layout is cut into stages of 128 columns.
@@ -48,9 +54,10 @@ constexpr int kTokenBytes = kTokens * kK;             // of a half
 constexpr int kPanel = kK == 128 ? 128 : 64;
 constexpr int kPieces = kPanel / 16;
 constexpr int kRowsAtOnce = 32 / kPieces;
-constexpr int kStageBytes =
-    (kHalves * kTokenBytes + kWeightBytes + kScaleBytes + 1023) / 1024 * 1024;
 constexpr int kWeightsAt = kHalves * kTokenBytes, kScalesAt = kWeightsAt + kWeightBytes;
+constexpr int kColumnScalesAt = kScalesAt + kScaleBytes;  // floats
+constexpr int kStageBytes =
+    (kColumnScalesAt + (kRowScales ? kTokens * 4 : 0) + 1023) / 1024 * 1024;
 constexpr int kConsumers = kWgs * 128;
 constexpr int kThreads = kConsumers + 128;
 // Slots for items that are claimed: the one that is worked on, and the next. With more, items that
@@ -61,6 +68,7 @@ constexpr int kTokenArrivals = 64;  // of a half: the lanes of two warps
 constexpr int kBars = 32;  // bytes of a stage's barriers: weights, two halves of tokens, empty
 static_assert(kK % 64 == 0 && kK % kGroup == 0 && (kCluster == 1 || !kSorted), "");
 static_assert(!kSorted || kPerWg == 1, "");
+static_assert(!kRowScales || (kSorted && kStageK == 128), "a stage is a span");
 
 // The list of one batch of pairs, sorted by expert (prefill_route.cu).
 struct Tile {

@@ -19,7 +19,15 @@
 //
 // Another E blocks find the largest scale of each expert's w2, from which prefill_own_down.cu knows
 // how large sums can become.
+//
+// W4_ROW_SCALES=1: x came in E4M3 with a scale for each 128 columns, so rows are copied, not
+// quantised, and where there is no room for them prefill_up.cu reads them where they are.
 #include "prefill_sort_own.cuh"
+
+#ifndef W4_ROW_SCALES
+#define W4_ROW_SCALES 0
+#endif
+constexpr bool kRowScales = W4_ROW_SCALES != 0;
 
 // A block: waits until all pairs have been placed. Blocks start in order, so those that sort run.
 __device__ void wait_placed(const PrefillRouteParams& p) {
@@ -121,8 +129,10 @@ __device__ void serve_list(const PrefillRouteParams& p, int worker, int workers,
   const int total = __ldcg(p.sorted.total);
   if (total <= p.sorted.room) {
     const int rows = min(total, p.sorted.listed.early);
-    for (int row = warp; row < rows; row += warps) write_rows<7>(p.sorted.listed, row, 1);
-  } else {
+    for (int row = warp; row < rows; row += warps) {
+      put_rows<kRowScales, 7>(p.sorted.listed, row, 1);
+    }
+  } else if (!kRowScales) {
     for (int first = worker * kRows; first < p.tokens; first += workers * kRows) {
       quantize_rows(p, first, amaxes);
     }

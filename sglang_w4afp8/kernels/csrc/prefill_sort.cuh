@@ -58,7 +58,7 @@ struct Own {
 };
 
 struct PrefillRouteParams {
-  const u16* x;          // (M, hidden) bfloat16
+  const u16* x;          // (M, hidden) bfloat16, or E4M3 with W4_ROW_SCALES
   const void* ids;       // (M, top_k) int32 or int64
   u8* xq;                // (M, hidden) E4M3, or as Listed has it
   float* x_scale;        // (M) what a column's result is multiplied by
@@ -232,7 +232,7 @@ __device__ void sort_part(const PrefillRouteParams& p, int part, int* counts, Wa
       const int e = mine[i] & (kMaxExperts - 1);
       row = first[e] + mine[i] / kMaxExperts;
       p.up.columns[list + row] = pair;
-      column = (row - counts[e]) & 7;  // tiles have multiples of 8
+      column = ((row - counts[e]) & 7) | e << 3;  // tiles have multiples of 8
     }
     __stcg(reinterpret_cast<u64*>(p.sorted.place + pair),
            static_cast<u32>(row) | static_cast<u64>(column) << 32);

@@ -124,11 +124,12 @@ struct PanelRows {
   const u8* q;
   int rows;
   __device__ __forceinline__ void wait(const Item&) const {}
+  __device__ __forceinline__ u32 bytes(const Item& item) const { return item.count * kStageK; }
   __device__ __forceinline__ Copy copy(const Item& item, u32 panel) const {
     const u8* from = q + (static_cast<u64>(panel) * rows + item.first) * kPanel;
     return Copy{from, panel * (kTokens * kPanel), static_cast<u32>(item.count * kPanel)};
   }
-  __device__ __forceinline__ u32 next() const { return rows * kStageK; }
+  __device__ __forceinline__ u32 next(int) const { return rows * kStageK; }
 };
 
 // ---- claims, tables, flags ----------------------------------------------------------------------

@@ -2,7 +2,8 @@
 //
 // See prefill.cuh, and prefill_listed.cuh for tokens in the order of the list. W4_PANEL: see
 // q_piece. With per-token scales the products go to `inner` in FP32 and whoever completes a tile
-// quantises its rows before its next item (W4_DYNAMIC=1, prefill_inner.cuh).
+// quantises its rows before its next item (W4_DYNAMIC=1, prefill_inner.cuh). Tokens that came in
+// E4M3 with a scale for each 128 columns keep these (W4_ROW_SCALES=1).
 #include "prefill.cuh"
 #include "prefill_inner.cuh"
 #include "prefill_listed.cuh"
@@ -16,11 +17,11 @@ constexpr int kGatherBytes = kDynamic ? 16 : kTokens * kPitch;
 
 struct PrefillUpParams {
   Weights weights;
-  const u8* b;           // (M, K) E4M3, or as Listed has it
+  const u8* b;           // (M, K) E4M3, or as Listed has it; with W4_ROW_SCALES the latter only
   const Tile* tiles;     // (lists, max_tiles)
   const int* header;     // (lists) number of tiles
   const int* columns;    // (lists, list_pairs) pair numbers, sorted by expert
-  const float* b_scale;  // static: (1); dynamic: (M)
+  const float* b_scale;  // static: (1); dynamic: (M); not looked at if tokens have span scales
   const float* q_scale;  // static: (1) scale of the output
   u8* q;                 // (M * top_k, inner) E4M3, or as q_piece says
   const int* rows;       // where a pair's row of q is: columns, or see q_row in prefill_sort.cuh
@@ -114,12 +115,22 @@ __shared__ float b_factor, q_divisor;
 struct BlockRows {
   static constexpr int kPanels = kStageK / kPanel;
   static constexpr int kPieces = (kTokens + kBlockRows - 2) / kBlockRows + 1;  // blocks of an item
-  static constexpr int kCopies = kPanels * kPieces, kReads = 3;
+  static constexpr int kRowCopies = kPanels * kPieces, kReads = 3;
+  static constexpr int kCopies = kRowCopies + (kRowScales ? 1 : 0);
   const u8* x;
   int k;
   Written written;
   __device__ __forceinline__ void wait(const Item& item) { written.wait(item.first + item.count); }
+  __device__ __forceinline__ static u32 scale_bytes(const Item& item) {
+    return kRowScales ? (item.count + 3) / 4 * 16 : 0;
+  }
+  __device__ __forceinline__ u32 bytes(const Item& item) const {
+    return item.count * kStageK + scale_bytes(item);
+  }
   __device__ __forceinline__ Copy copy(const Item& item, int number) const {
+    return number < kRowCopies ? codes(item, number) : scales(item);
+  }
+  __device__ __forceinline__ Copy codes(const Item& item, int number) const {
     const int panel = number / kPieces, block = item.first / kBlockRows + number % kPieces;
     const int begin = max(item.first, block * kBlockRows);
     const int end = min(item.first + item.count, (block + 1) * kBlockRows);
@@ -128,7 +139,37 @@ struct BlockRows {
     const u32 to = (panel * kTokens + begin - item.first) * kPanel;
     return Copy{x + (line + begin) * kPanel, to, bytes};
   }
-  __device__ __forceinline__ u32 next() const { return kBlockRows * kStageK; }
+  __device__ __forceinline__ Copy scales(const Item& item) const {
+    const SpanScales& spans = written.p.spans;
+    const int row = span_row(item.first, 0, item.expert);  // it begins where eight columns do
+    return Copy{reinterpret_cast<const u8*>(spans.listed + row), kColumnScalesAt,
+                scale_bytes(item)};
+  }
+  __device__ __forceinline__ u32 next(int number) const {
+    return number < kRowCopies ? kBlockRows * kStageK : written.p.spans.rows * 4;
+  }
+};
+
+// Scales of tokens that lanes gather, three columns of a stage each.
+struct GatheredScales {
+  static constexpr int kMine = kTokens / 64;
+  const SpanScales& spans;
+  int top_k, first;  // this lane's first column
+  int at[kMine] = {};  // -1: none
+  __device__ __forceinline__ void find(const int* pairs, int count) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int c = first + i * 32;
+      at[i] = c < count ? pairs[c] / top_k * spans.of_token : -1;
+    }
+  }
+  __device__ __forceinline__ void copy(u32 to, int step) const {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (at[i] < 0) continue;
+      async_copy4(to + (first + i * 32) * 4, spans.from + at[i] + step * spans.of_span);
+    }
+  }
 };
 
 // One warp: zeros for those of `count` tokens from `token` on, of each `step`, that have no pair.
@@ -148,7 +189,7 @@ __device__ __forceinline__ int zero_tokens(const PrefillUpParams& p, int token, 
 __device__ __forceinline__ void write_beside(const PrefillUpParams& p, int part) {
   const int step = 2 * gridDim.x;
   int token = blockIdx.x * 2 + part;
-  write_listed(p.listed, *p.total, [&] { token = zero_tokens(p, token, step, 8); });
+  write_listed<kRowScales>(p.listed, *p.total, [&] { token = zero_tokens(p, token, step, 8); });
   zero_tokens(p, token, step, p.tokens);
 }
 
@@ -264,7 +305,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
   pdl_trigger();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   if (threadIdx.x == 0) {
-    b_factor = kDynamic ? 0.0f : *p.b_scale * 512.0f;
+    b_factor = kDynamic ? 0.0f : (kRowScales ? 1.0f : *p.b_scale) * 512.0f;
     q_divisor = kDynamic ? 1.0f : *p.q_scale;
   }
   __syncthreads();
@@ -280,7 +321,7 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
       if constexpr (kDynamic) {
         Written written = Written::of(p.listed, total);  // and their scales with them
         claim_and_count(p, queue, ring, order.blocks(), describe, [&](const Item& item) {
-          if (listed) written.wait(item.first + item.count);
+          if (listed && !kRowScales) written.wait(item.first + item.count);
         });
       } else {
         claim(queue, ring, p.claimed, describe);
@@ -301,8 +342,17 @@ __cluster_dims__(W4_CLUSTER, 1, 1)
         produce_weights(p.weights, queue, ring);
       }
     } else {
-      produce_tokens(p.b, p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2,
-                     [&](int pair) { return static_cast<u32>(pair / p.top_k); });
+      auto row = [&](int pair) { return static_cast<u32>(pair / p.top_k); };
+      auto produce = [&](const u8* b, auto scales) {
+        produce_tokens(b, p.weights.k, p.columns, p.list_pairs, queue, ring, warp - 2, row, scales);
+      };
+      if constexpr (kRowScales) {
+        const int first = (warp - 2) * (kTokens / 2) + (threadIdx.x & 31);
+        produce(reinterpret_cast<const u8*>(p.listed.x),
+                GatheredScales{p.listed.spans, p.top_k, first});
+      } else {
+        produce(p.b, NoScales{});
+      }
       if (kSorted && warp == 3) zero_tokens(p, blockIdx.x, gridDim.x, p.tokens);
     }
     return;

@@ -185,7 +185,7 @@ template <int kPending>
 __device__ __forceinline__ void async_copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// The barrier counts this thread in when all its 16-byte copies so far have arrived.
+// The barrier counts this thread in when all its asynchronous copies so far have arrived.
 __device__ __forceinline__ void async_copy_arrive(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }

@@ -23,7 +23,7 @@ from sglang_w4afp8.kernels.hopper.plan import (
     plan,
     takes_prefill,
 )
-from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill, takes_row_scales
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -109,7 +109,7 @@ class Tensors:
     """The arguments of a call that are tensors.
 
     Attributes:
-        x: ``(M, hidden)`` bfloat16, contiguous.
+        x: ``(M, hidden)`` bfloat16 or, with ``x_scale``, float8_e4m3fn; contiguous.
         topk_weights: ``(M, top_k)`` float32, contiguous.
         topk_ids: ``(M, top_k)`` int32 or int64, contiguous; ids outside 0 … E − 1 are skipped.
         w13: ``(E, 2N, hidden/2)`` bytes in stage order.
@@ -119,7 +119,7 @@ class Tensors:
         w13_input_scale: ``(1,)`` float32, or None for per-token scales.
         w2_input_scale: likewise.
         counters: what :func:`new_counters` made for this layer.
-        x_scale: ``(M, hidden/128)`` float32 of any strides, for ``x`` in float8_e4m3fn.
+        x_scale: ``(M, hidden/128)`` float32 of any strides.
     """
 
     x: torch.Tensor
@@ -146,6 +146,17 @@ class Workspace:
         self._memory = torch.empty(total, dtype=torch.uint8, device=device)
         base = self._memory.data_ptr()
         self.at = {name: base + offset for name, offset in offsets.items()}
+
+
+SPAN = 128
+"""Columns of a scale of E4M3 rows."""
+
+
+def strides(scale: torch.Tensor) -> tuple[int, ...]:
+    """Those of a tensor of scales, of which kernels count the numbers with 32 bits."""
+    last = sum((n - 1) * step for n, step in zip(scale.shape, scale.stride(), strict=True))
+    assert last < 1 << 31, f"scales reach over {last} numbers, the kernel counts to 2^31"
+    return scale.stride()
 
 
 def new_counters(device: torch.device) -> torch.Tensor:
@@ -195,18 +206,20 @@ def launches(
     """
     device = t.x.device
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    if t.x_scale is not None:
+    row_scales = t.x_scale is not None
+    prefill = takes_prefill(layer, t.x.shape[0], path)
+    if prefill and (not row_scales or takes_row_scales(layer)):
+        from sglang_w4afp8.kernels.hopper.launch_prefill import launches_prefill
+
+        chosen = plan_prefill(layer, t.x.shape[0], sms, row_scales)
+        return launches_prefill(layer, chosen, t, out, factor)
+    if row_scales:
         from sglang_w4afp8.kernels.hopper.launch_rows import launches_tokens
 
         return launches_tokens(layer, t, out, factor, sms)
-    if takes_prefill(layer, t.x.shape[0], path):
-        from sglang_w4afp8.kernels.hopper.launch_prefill import launches_prefill
-
-        return launches_prefill(layer, plan_prefill(layer, t.x.shape[0], sms), t, out, factor)
-    chosen = plan(layer, t.x.shape[0], sms, path)
-    chosen = tune(chosen) if tune else chosen
-    fill = _small if chosen.path == "small" else _large
-    return fill(layer, chosen, t, out, factor)
+    few = plan(layer, t.x.shape[0], sms, path)
+    few = tune(few) if tune else few
+    return (_small if few.path == "small" else _large)(layer, few, t, out, factor)
 
 
 def start(

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from sglang_w4afp8.kernels.hopper.launch import Tensors, Workspace, pointer
+from sglang_w4afp8.kernels.hopper.launch import SPAN, Tensors, Workspace, pointer, strides
 from sglang_w4afp8.kernels.hopper.layout import ROW_TILE
 from sglang_w4afp8.kernels.hopper.plan import MAX_EXPERTS, Launch, Layer
 from sglang_w4afp8.kernels.hopper.plan_own import own_steps
@@ -46,13 +46,21 @@ class _Own(ctypes.Structure):
     )  # fmt: skip
 
 
+class _SpanScales(ctypes.Structure):
+    """``SpanScales`` in prefill_listed.cuh."""
+
+    _fields_ = (
+        ("from", _P), ("listed", _P), ("of_token", _I), ("of_span", _I), ("rows", _I),
+    )  # fmt: skip
+
+
 class _Listed(ctypes.Structure):
     """``Listed`` in prefill_listed.cuh."""
 
     _fields_ = (
-        ("x", _P), ("a_scale", _P), ("columns", _P), ("place", _P), ("xq", _P), ("x_scale", _P),
-        ("claimed", _P), ("written", _P), ("hidden", _I), ("panel", _I), ("top_k", _I),
-        ("early", _I),
+        ("x", _P), ("spans", _SpanScales), ("a_scale", _P), ("columns", _P), ("place", _P),
+        ("xq", _P), ("x_scale", _P), ("claimed", _P), ("written", _P), ("hidden", _I),
+        ("panel", _I), ("top_k", _I), ("early", _I),
     )  # fmt: skip
 
 
@@ -119,7 +127,10 @@ class _OwnDownParams(ctypes.Structure):
 def launches_prefill(
     layer: Layer, plan: PrefillPlan, t: Tensors, out: torch.Tensor, factor: float
 ) -> list[tuple[Launch, ctypes.Structure]]:
-    """The launches of a call with their arguments; see ``launches`` of the module ``launch``."""
+    """The launches of a call with their arguments; see ``launches`` of the module ``launch``.
+
+    The plan is one for ``row_scales`` if the tensors have an ``x_scale``.
+    """
     route, up, down = plan.launches
     tokens = t.x.shape[0]
     pairs, dynamic = tokens * layer.top_k, layer.dynamic
@@ -138,6 +149,8 @@ def launches_prefill(
     rows = handed + (plan.jobs.places if plan.jobs else 0)
     zeros = rows + (0 if own else 1 + plan.room // BLOCK_ROWS)
     xq_bytes = max(tokens, plan.room) * layer.hidden
+    # An expert's rows begin at a multiple of 4 there, and the last copy ends at one.
+    span_rows = 0 if t.x_scale is None else plan.room + 4 * (layer.experts + 2)
     sum_bytes = plan.jobs.sum_bytes if plan.jobs else 0
     over_xq = sum_bytes <= xq_bytes  # nobody needs it any more
     parts = 0 if own else pairs * plan.most_parts
@@ -164,6 +177,7 @@ def launches_prefill(
             "xq": xq_bytes,
             "sums": 0 if over_xq else sum_bytes,
             "x_scale": tokens * 4,
+            "spans": layer.hidden // SPAN * span_rows * 4,
             "q": q_rows * layer.inner,
             "row_scale": pairs * 4 if dynamic else 0,
             "inner": pairs * layer.inner * 4 if dynamic else 0,
@@ -189,8 +203,11 @@ def launches_prefill(
             t.w2_scale[0].numel(), top_k,
         )  # fmt: skip
     else:
+        spans = _SpanScales()
+        if t.x_scale is not None:
+            spans = _SpanScales(t.x_scale.data_ptr(), at["spans"], *strides(t.x_scale), span_rows)
         listed = _Listed(
-            t.x.data_ptr(), pointer(t.w13_input_scale), at["columns"], at["place"], at["xq"],
+            t.x.data_ptr(), spans, pointer(t.w13_input_scale), at["columns"], at["place"], at["xq"],
             at["x_scale"], claimed + 4 * rows, claimed + 4 * rows + 4, layer.hidden,
             plan.panel[0], top_k, plan.early,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from sglang_w4afp8.kernels.hopper.launch import (
     partial_bytes,
     pointer,
     start,
+    strides,
 )
 from sglang_w4afp8.kernels.hopper.plan import Launch, Layer, Plan
 from sglang_w4afp8.kernels.hopper.plan_rows import plan_slots, plan_tokens
@@ -154,9 +155,7 @@ class _Matrices:
 def _strided(scale: torch.Tensor) -> tuple[int, ...]:
     """Address; rows of an expert; strides of expert, row and span."""
     by_expert = scale if scale.dim() == 3 else scale.unsqueeze(0)
-    last = sum((n - 1) * step for n, step in zip(by_expert.shape, by_expert.stride(), strict=True))
-    assert last < 1 << 31, f"scales reach over {last} numbers, the kernel counts to 2^31"
-    return (scale.data_ptr(), by_expert.shape[1], *by_expert.stride())
+    return (scale.data_ptr(), by_expert.shape[1], *strides(by_expert))
 
 
 def launches_tokens(layer: Layer, t: Tensors, out: torch.Tensor, factor: float, sms: int) -> Work:

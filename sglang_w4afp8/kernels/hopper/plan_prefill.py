@@ -140,12 +140,12 @@ def _defines(layer: Layer, up: bool) -> tuple[tuple[str, int], ...]:
 
 
 def _ring(
-    layer: Layer, up: bool, stage_k: int, row_tiles: int, tokens: int, room: int
+    layer: Layer, up: bool, stage_k: int, row_tiles: int, token_bytes: int, room: int
 ) -> tuple[int, int]:
     """Stages that fit into ``room`` bytes, and the bytes that they take."""
     group = layer.group if up else layer.inner_group
     weights = row_tiles * (stage_k * 32 + stage_k // group * 128)
-    stage = -(-(weights + tokens * stage_k) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
+    stage = -(-(weights + token_bytes) // ALIGNMENT) * ALIGNMENT + STAGE_BARRIER_BYTES
     ring = min(MAX_RING, room // stage)
     return ring, ring * stage
 
@@ -159,7 +159,8 @@ def _own_up(layer: Layer, sms: int, cluster: int, panel: int) -> Launch:
     static = 2 * TILE_TOKENS * (per_wg * 32 + 16) + 1024  # static scales: rows of features
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES
     room = CTA_SHARED_BYTES - static - fixed
-    ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, TILE_TOKENS, room)
+    token_bytes = TILE_TOKENS * shape.stage_k
+    ring, stages = _ring(layer, True, shape.stage_k, 2 * per_wg, token_bytes, room)
     more = (("W4_PER_WG", per_wg), ("W4_PANEL", panel))
     clusters = (("W4_CLUSTER", cluster),) if cluster > 1 else ()
     kernel = Kernel("prefill_up.cu", "w4a8_prefill_up", _defines(layer, True) + more + clusters)
@@ -171,7 +172,9 @@ def _panel(stage_k: int) -> int:
     return 64 if stage_k % SORTED_STAGE_K else 128
 
 
-def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
+def _sorted_matrix(
+    layer: Layer, sms: int, up: bool, most_parts: int, row_scales: bool = False
+) -> Launch:
     """Gate and up, or down, on tokens in the order of the list."""
     shape = layer.up if up else layer.down
     stage_k = SORTED_STAGE_K if shape.stage_k % SORTED_STAGE_K == 0 else shape.stage_k
@@ -181,8 +184,11 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     static = (SORTED_WARPGROUPS * SORTED_TOKENS * (32 + 16) if up else 0) + 1024
     fixed = ALIGNMENT + QUEUE * BARRIER_BYTES + behind
     room = CTA_SHARED_BYTES - static - fixed
-    ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, SORTED_TOKENS, room)
+    token_bytes = SORTED_TOKENS * (stage_k + (4 if row_scales else 0))
+    ring, stages = _ring(layer, up, stage_k, SORTED_WARPGROUPS, token_bytes, room)
     more: tuple[tuple[str, int], ...] = (("W4_PER_WG", 1), ("W4_SORTED", 1))
+    if row_scales:
+        more += (("W4_ROW_SCALES", 1),)
     if up:
         more += (("W4_PANEL", _panel(layer.down.stage_k)),)
     else:
@@ -195,6 +201,15 @@ def _sorted_matrix(layer: Layer, sms: int, up: bool, most_parts: int) -> Launch:
     return Launch(kernel, (sms, 1), THREADS, fixed + stages, ring, SORTED_TOKENS)
 
 
+def takes_row_scales(layer: Layer) -> bool:
+    """Whether ``up`` can read E4M3 rows with a scale per 128 columns, as a dispatcher sends them.
+
+    It can where tokens lie in the order of the list, in stages of 128 columns.
+    """
+    stages = layer.up.stage_k % SORTED_STAGE_K == 0
+    return own_tokens(layer) == 0 and stages and layer.top_k <= MAX_TOP_K
+
+
 def most_prefill_tokens(layer: Layer, sms: int) -> int:
     """The largest M for which all CTAs that sort are resident, two to an SM."""
     most = own_tokens(layer)
@@ -204,19 +219,21 @@ def most_prefill_tokens(layer: Layer, sms: int) -> int:
     return lists // OWN_CLUSTERS[0] * OWN_CLUSTERS[0] * most
 
 
-def _route(ctas: int, shared: int = 0) -> Launch:
-    kernel = Kernel("prefill_route.cu", "w4a8_prefill_route")
+def _route(ctas: int, shared: int = 0, row_scales: bool = False) -> Launch:
+    defines = (("W4_ROW_SCALES", 1),) if row_scales else ()
+    kernel = Kernel("prefill_route.cu", "w4a8_prefill_route", defines)
     return Launch(kernel, (ctas, 1), ROUTE_THREADS, shared)
 
 
 @lru_cache  # every layer of a forward pass asks for the same
-def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
+def plan_prefill(layer: Layer, tokens: int, sms: int, row_scales: bool = False) -> PrefillPlan:
     """The launches for ``tokens`` tokens on a card with ``sms`` SMs.
 
     Args:
         layer: the sizes.
         tokens: M, at least 1.
         sms: multiprocessors.
+        row_scales: they are E4M3 with a scale per 128 columns; see :func:`takes_row_scales`.
 
     Raises:
         BackendError: more experts per token than a warp has lanes, where CTAs do not own outputs.
@@ -262,8 +279,8 @@ def plan_prefill(layer: Layer, tokens: int, sms: int) -> PrefillPlan:
     early = -(-EARLY_ROUNDS * sms * SORTED_TOKENS // (up_blocks * BLOCK_ROWS)) * BLOCK_ROWS
     return PrefillPlan(
         launches=(
-            _route(sorters + min(-(-tokens // ROUTE_ROWS), 2 * sms)),
-            _sorted_matrix(layer, sms, True, most_parts),
+            _route(sorters + min(-(-tokens // ROUTE_ROWS), 2 * sms), 0, row_scales),
+            _sorted_matrix(layer, sms, True, most_parts, row_scales),
             _sorted_matrix(layer, sms, False, most_parts),
         ),
         sorters=sorters,

@@ -1,7 +1,8 @@
 """The launches for rows that a token dispatcher sends. Integers only, no GPU.
 
-* E4M3 tokens with scales take the ``large`` path: ``route`` sorts and quantises nothing, gate and
-  up read the rows where they are.
+* E4M3 tokens with scales take ``large``: ``route`` sorts and quantises nothing, gate and up read
+  the rows where they are. Calls of so many tokens that BF16 would take ``prefill`` do so, too, if
+  down has a long K; gate and up then scale each column once for every 128 of K.
 * Slots (rows that are sorted to experts already) need three launches: ``masked`` lists the token
   tiles from the counts and quantises rows that came in BF16; gate and up; down, which writes each
   row's result to its slot.
@@ -16,14 +17,17 @@ from sglang_w4afp8.kernels.hopper.plan import (
     ROUTE,
     ROUTE_THREADS,
     TILE_TOKENS,
+    UNLIMITED,
     Kernel,
     Launch,
     Layer,
     Plan,
     combine_launch,
     gemm_launches,
+    takes_prefill,
     tile_tokens,
 )
+from sglang_w4afp8.kernels.hopper.plan_prefill import plan_prefill, takes_row_scales
 
 MASKED = Kernel("masked.cu", "w4a8_masked")
 QUANTIZE_BLOCKS = 64
@@ -77,4 +81,6 @@ def row_kernels(layer: Layer, sms: int) -> tuple[Kernel, ...]:
         for row_scales in (True, False):
             for launch in gemm_launches(layer, columns, sms, row_scales):
                 found[launch.kernel] = None
+    if takes_prefill(layer, UNLIMITED) and takes_row_scales(layer):
+        found |= {launch.kernel: None for launch in plan_prefill(layer, 1, sms, True).launches}
     return tuple(found)
